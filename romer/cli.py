@@ -1,0 +1,74 @@
+"""`romer <stage> [hydra arguments]`: one Hydra application per stage of the pipeline.
+
+Bad input is one line on stderr and exit code 2, whether Hydra or the stage finds it.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from romer.errors import InputError
+
+STAGES = {
+    "text": "documents for calibration and evaluation, split and checked for overlap",
+    "standin": "the model itself: carved stand-in, tiny random model, or a checkpoint of the hub",
+    "calibrate": "sigma_dev that meets a chip's KL target",
+    "profile": "expert activation, clean and noisy (eq. 6)",
+    "plan": "n, lambda and the replacement plan, chosen on calibration text",
+    "evaluate": "perplexity of every method on held-out text",
+    "ablate": "the n and lambda grids of table 4",
+    "report": "records, tables and figures",
+}
+
+
+def conf_folder() -> Path:
+    """The configuration tree: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").exists():
+            return folder
+    raise InputError(f"conf: no config.yaml in {package / 'conf'} or {package.parent / 'conf'}")
+
+
+def check_choices(arguments: list[str]) -> list[str]:
+    """The arguments, with every choice of a configuration group quoted: Hydra takes temperature=25 for a number.
+
+    Raises InputError where the group has no such choice: one line that lists them.
+    """
+    checked = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        folder = conf_folder() / group
+        if value and folder.is_dir() and not group.startswith("hydra"):
+            choices = sorted(f.stem for f in folder.glob("*.yaml"))
+            wanted = [choice.strip(" '\"") for choice in value.split(",")]
+            if unknown := [choice for choice in wanted if choice not in choices]:
+                raise InputError(f"{group}: found {unknown[0]!r}, expected one of {', '.join(choices)}")
+            argument = f"{group}=" + ",".join(f"'{choice}'" for choice in wanted)
+        checked.append(argument)
+    return checked
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    stage, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if stage in ("", "-h", "--help"):
+        print("usage: romer <stage> [--help] [-m] [group=choice] [key=value]\n")
+        print("\n".join(f"  {name:10} {text}" for name, text in STAGES.items()))
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, so that its errors become one line here
+    try:
+        if stage not in STAGES:
+            raise InputError(f"stage: found {stage!r}, expected one of {', '.join(STAGES)}")
+        sys.argv = [f"romer {stage}", *check_choices(arguments)]
+        importlib.import_module(f"romer.stages.{stage}").main()
+    except Exception as error:
+        if not isinstance(error, InputError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
+            raise
+        print(f"romer {stage}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

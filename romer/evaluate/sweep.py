@@ -1,0 +1,71 @@
+"""Measures many points of one model at one operating point, programming every realisation once.
+
+    for point, value in sweep(model, points, fitted, noise, placement, measure):
+        ...
+
+Points that differ only in routing share the programmed arrays: the same realisation is the same noise for every
+method, so methods are compared in pairs.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from romer import methods
+from romer.errors import InputError
+from romer.noise import NoiseModel
+from romer.programming import Placement, program
+from romer.routing import apply
+
+CLEAN = -1  # the realisation of a point without noise
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: a method with complete options, on one realisation of the noise (CLEAN where the method has
+    none)."""
+
+    method: str
+    realisation: int
+    options: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> dict:
+        """Plain JSON that identifies the point within its job."""
+        return {"method": self.method, "options": self.options, "realisation": self.realisation}
+
+
+def points(fitted: methods.Fitted, wanted: Iterable[tuple[str, dict]], realisations: Iterable[int]) -> list[Point]:
+    """Every wanted (method, options) on every realisation, a clean method once; in the order of realisations."""
+    listed = [(methods.get(name), options) for name, options in wanted]
+    clean = [Point(m.name, CLEAN, m.options(fitted, o)) for m, o in listed if not m.noisy]
+    return clean + [Point(m.name, r, m.options(fitted, o)) for r in realisations for m, o in listed if m.noisy]
+
+
+def sweep(
+    model: nn.Module,
+    todo: Iterable[Point],
+    fitted: methods.Fitted,
+    noise: NoiseModel,
+    placement: Placement,
+    measure: Callable[[], float],
+) -> Iterator[tuple[Point, float]]:
+    """(point, measure()) for every point, with the arrays programmed and the routing rewritten as the point says.
+
+    Raises InputError, naming the point, when its value is not finite.
+    """
+    ordered = sorted(todo, key=lambda p: p.realisation)
+    for realisation, group in itertools.groupby(ordered, key=lambda p: p.realisation):
+        programmed = nullcontext() if realisation == CLEAN else program(model, noise, realisation, placement)
+        with programmed:
+            for point in group:
+                plan, calibration = methods.get(point.method).routing(fitted, point.options)
+                with apply(model, plan, calibration):
+                    try:
+                        value = measure()
+                    except FloatingPointError as error:
+                        raise InputError(f"point {point.key}: {error}") from None
+                yield point, value

@@ -1,0 +1,89 @@
+"""`romer plan`: chooses n and lambda on calibration text and writes the replacement plan.
+
+The paper's method always replaces and always compresses, so the candidates leave out n = 0 and λ = 0; whether either
+helps is what the evaluation shows.
+"""
+
+import json
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from romer import NoiseModel, perplexity, profile, program
+from romer.evaluate.sweep import points, sweep
+from romer.methods import Fitted, get
+from romer.routing import apply, moe_layers
+from romer.stages.job import CALIBRATION_REALISATIONS, Job, application
+from romer.tracking import Run
+
+
+def feasible(model, candidates: list[int]) -> list[int]:
+    """The n that every layer allows: 2n ≤ E, and at least k experts remain."""
+    blocks = [block for _, block in moe_layers(model)]
+    most = min(min(b.gate.weight.shape[0] // 2, b.gate.weight.shape[0] - b.gate.top_k) for b in blocks)
+    return [n for n in candidates if n <= most]
+
+
+@application("plan")
+def main(job: Job, run: Run) -> None:
+    """Writes plan.json (n, λ, plan), selection.csv (all candidates) and activation.safetensors (eq. 6 under the
+    plan)."""
+    cfg, size = job.cfg, job.cfg.profile.plan
+    noise: NoiseModel = job.noise()
+    activation = load_file(job.read("profile") / "activation.safetensors")["noisy_magnitude"]
+    model, tokenizer = job.load()
+    ids = job.ids(tokenizer, "calibration", size.tokens)
+    wanted = [("romer_replacement", {"n_replace": n}) for n in feasible(model, list(size.n_replace))]
+    wanted += [("romer_calibration", {"strength": s}) for s in size.strength]
+    unfitted = Fitted(activation, 0, 0.0)
+    seen = range(CALIBRATION_REALISATIONS, CALIBRATION_REALISATIONS + size.realisations)
+    todo = points(unfitted, wanted, seen)
+
+    def compute(missing):
+        return sweep(
+            model,
+            missing,
+            unfitted,
+            noise,
+            job.placement,
+            lambda: perplexity(model, ids, cfg.profile.window, cfg.profile.batch),
+        )
+
+    rows = [
+        {"method": p.method, **p.options, "realisation": p.realisation, "value": value}
+        for p, value, _ in job.resumed(todo, {"tokens": size.tokens}, compute)
+    ]
+    table = pd.DataFrame(rows).sort_values(["method", "n_replace", "strength", "realisation"]).reset_index(drop=True)
+    best = {
+        method: table[table.method == method].groupby(column).value.mean().idxmin()
+        for method, column in (("romer_replacement", "n_replace"), ("romer_calibration", "strength"))
+    }
+    fitted = Fitted(activation, int(best["romer_replacement"]), float(best["romer_calibration"]))
+    method = get("romer")
+    plan, calibration = method.routing(fitted, method.options(fitted, {}))
+    with program(model, noise, CALIBRATION_REALISATIONS, job.placement), apply(model, plan, calibration):
+        active = profile(model, ids, cfg.profile.window, cfg.profile.batch)
+    chosen = {"n_replace": fitted.n_replace, "strength": fitted.strength, "plan": plan.to_json()}
+    with job.write() as folder:
+        (folder / "plan.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        table.to_csv(folder / "selection.csv", index=False)
+        save_file(
+            {
+                "magnitude": active.magnitude,
+                "fitted_on": activation,
+                "hot": torch.tensor(plan.hot),
+                "cold": torch.tensor(plan.cold),
+            },
+            folder / "activation.safetensors",
+        )
+    job.points.clear()
+    run.summary({"n_replace": fitted.n_replace, "strength": fitted.strength})
+
+
+def read(job: Job) -> Fitted:
+    """What the plan stage fitted for this job's model and operating point."""
+    folder = job.read("plan")
+    chosen = json.loads((folder / "plan.json").read_text())
+    activation = load_file(folder / "activation.safetensors")["fitted_on"]
+    return Fitted(activation, chosen["n_replace"], chosen["strength"])

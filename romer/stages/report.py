@@ -1,0 +1,104 @@
+"""`romer report`: one file of records, and every table and figure made from the artifacts of the other stages."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import load_file
+
+from romer import published
+from romer.errors import InputError
+from romer.report import figures, tables
+from romer.stages.job import Job, application
+from romer.store import verify, write_atomic
+from romer.tracking import Run
+
+
+def artifacts(job: Job, stage: str) -> list[tuple[tuple[str, str, float], Path]]:
+    """((chip, model, temperature), folder) of every artifact of a stage, verified; their digests become inputs."""
+    found = []
+    for manifest in sorted((job.root / stage).glob("*/*/*/manifest.json")):
+        chip, model, temperature = manifest.parent.relative_to(job.root / stage).parts
+        job.inputs[f"{stage}/{chip}/{model}/{temperature}"] = verify(manifest.parent).digest
+        found.append(((chip, model, float(temperature)), manifest.parent))
+    if not found:
+        raise InputError(f"{job.root / stage}: no artifacts; run `romer {stage}` or `snakemake` first")
+    return found
+
+
+def placed(frame: pd.DataFrame, at: tuple[str, str, float]) -> pd.DataFrame:
+    """The frame with the columns chip, model and temperature_c in front."""
+    return frame.assign(**dict(zip(("chip", "model", "temperature_c"), at, strict=True)))
+
+
+def quality(job: Job) -> pd.DataFrame:
+    """One row a model: perplexity beside the dense base, PIQA accuracy, load per expert."""
+    rows = []
+    for name in (*job.cfg.profile.reference_models, *job.cfg.profile.models):
+        folder = job.root / "standin" / name
+        job.inputs[f"standin/{name}"] = verify(folder).digest
+        rows.append(json.loads((folder / "quality.json").read_text()))
+    table = pd.DataFrame(rows)
+    if (dense := table.loc[table.kind == "dense", "perplexity"]).size:
+        table["perplexity_over_dense"] = table.perplexity / dense.iloc[0]
+    return table
+
+
+def heatmap(job: Job, folder: Path) -> None:
+    """Figure 5 for the profile's model and operating point, where its stages have run."""
+    chosen = job.cfg.profile.heatmap
+    at = Path(chosen.chip) / chosen.model / str(chosen.temperature)
+    before = load_file(job.root / "profile" / at / "activation.safetensors")
+    after = load_file(job.root / "plan" / at / "activation.safetensors")
+    shown = {
+        "clean": before["clean_magnitude"].numpy(),
+        "vanilla": before["noisy_magnitude"].numpy(),
+        "romer": after["magnitude"].numpy(),
+    }
+    title = f"{chosen.model}, chip {chosen.chip}, {chosen.temperature} °C"
+    figures.fig5_heatmaps(shown, np.asarray(after["cold"]), folder, "fig5", title)
+
+
+@application("report")
+def main(job: Job, run: Run) -> None:
+    """Writes tables/, figures/ (each with its manifest) and records.parquet below results/<profile>."""
+    records = pd.concat(
+        [pd.read_parquet(f / "records.parquet") for s in ("evaluate", "ablate") for _, f in artifacts(job, s)],
+        ignore_index=True,
+    )
+    fits, curves, chosen, routing = [], [], [], []
+    for at, folder in artifacts(job, "calibrate"):
+        fits.append(placed(pd.DataFrame([json.loads((folder / "calibration.json").read_text())]), at))
+        curves.append(placed(pd.read_csv(folder / "kl_curve.csv"), at))
+    for at, folder in artifacts(job, "plan"):
+        plan = json.loads((folder / "plan.json").read_text())
+        chosen.append(placed(pd.DataFrame([{k: plan[k] for k in ("n_replace", "strength")}]), at))
+    for at, folder in artifacts(job, "profile"):
+        routing.append(placed(pd.read_csv(folder / "routing.csv"), at))
+    models = quality(job)
+    text_name = json.loads((job.read("text") / "about.json").read_text())["name"]
+    with job.write(job.root / "tables") as folder:
+        for name, build in {"table1": tables.table1, "table4": tables.table4}.items():
+            if name in set(records.chip):
+                caption = tables.caption(records, f"Table {name[-1]}.", name, text_name)
+                tables.write(build(records, published.load(name)), folder, name, caption)
+        calibration = pd.concat(fits).merge(pd.concat(chosen), on=["chip", "model", "temperature_c"])
+        tables.write(
+            calibration, folder, "calibration", "Fitted noise per operating point; n and λ chosen on calibration text."
+        )
+        tables.write(
+            models, folder, "models", f"The models: perplexity on {text_name}, PIQA accuracy, load over the mean."
+        )
+        layers = pd.concat(routing).groupby(["chip", "model", "temperature_c"], as_index=False).mean()
+        tables.write(
+            layers.drop(columns=["layer", "realisation"]), folder, "routing", "Routers under noise, mean over layers."
+        )
+    with job.write(job.root / "figures") as folder:
+        figures.fig2_kl(pd.concat(curves), pd.concat(fits), folder, "fig2")
+        heatmap(job, folder)
+    buffer = io.BytesIO()
+    records.to_parquet(buffer, index=False)
+    write_atomic(job.root / "records.parquet", buffer.getvalue())
+    run.summary({"records": len(records), **{f"perplexity/{r.model}": r.perplexity for r in models.itertuples()}})

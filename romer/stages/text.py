@@ -1,0 +1,50 @@
+"""`romer text`: the documents that the other stages read, split by document; no ten words of the evaluation text
+elsewhere."""
+
+import json
+from pathlib import Path
+
+from romer import text
+from romer.packages import WIKIPEDIA_LEADS
+from romer.stages.job import Job, application
+from romer.tracking import Run
+
+
+def documents(job: Job) -> tuple[list[text.Document], str, str]:
+    """(documents, their name in tables, licence) of the configured source."""
+    if folder := job.cfg.data.wikitext_dir:
+        return (
+            text.wikitext(folder),
+            f"WikiText ({Path(folder).name})",
+            "CC BY-SA 3.0/4.0 (WikiText, from the user's folder)",
+        )
+    if job.cfg.profile.name == "paper":
+        return (
+            text.wikitext_hub(job.cfg.data.hub.id, job.cfg.data.hub.subset, job.cfg.data.hub.revision),
+            "WikiText",
+            "CC BY-SA",
+        )
+    return text.wikipedia(), "Wikipedia leads (held out)", WIKIPEDIA_LEADS.licence
+
+
+@application("text")
+def main(job: Job, run: Run) -> None:
+    """Writes evaluation.jsonl, calibration.jsonl and about.json (counts, licence, overlap)."""
+    found, name, licence = documents(job)
+    split = text.split_documents(found)
+    reference = set().union(*(text.ngrams(d.text) for d in split.evaluation))
+    about = {
+        "name": name,
+        "licence": licence,
+        "documents": {use: len(getattr(split, use)) for use in ("evaluation", "calibration", "distillation")},
+        "dropped_for_overlap": split.dropped,
+        "overlap_words": text.OVERLAP_WORDS,
+        "overlapping_calibration_documents": text.overlap(split.calibration, reference),
+    }
+    with job.write() as folder:
+        for use in ("evaluation", "calibration"):
+            lines = (json.dumps({"id": d.id, "part": d.part, "text": d.text}) for d in getattr(split, use))
+            (folder / f"{use}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    run.summary(about)
+    job.say(f"{about}")

@@ -1,0 +1,126 @@
+# One process per (model, operating point, stage); each loops over its points.
+rule calibrate:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+    output:
+        directory(f"{ROOT}/calibrate/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/calibrate/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/calibrate/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+    shell:
+        f"romer calibrate {AT} {{params.common}} > {{log}} 2>&1"
+
+
+rule profile:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/profile/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/profile/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/profile/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=4000,
+        runtime=120,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+    shell:
+        f"romer profile {AT} {{params.common}} > {{log}} 2>&1"
+
+
+rule plan:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/plan/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/plan/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/plan/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+    shell:
+        f"romer plan {AT} {{params.common}} > {{log}} 2>&1"
+
+
+rule evaluate:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/evaluate/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/evaluate/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/evaluate/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=4000,
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+    shell:
+        f"romer evaluate {AT} {{params.common}} > {{log}} 2>&1"
+
+
+rule ablate:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/ablate/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/ablate/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/ablate/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=4000,
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+    shell:
+        f"romer ablate {AT} {{params.common}} > {{log}} 2>&1"

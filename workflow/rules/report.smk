@@ -1,0 +1,29 @@
+# Tables and figures from everything that was measured.
+rule report:
+    input:
+        text=f"{ROOT}/text",
+        models=expand(f"{ROOT}/standin/{{model}}", model=MODELS),
+        calibrate=at_points(f"{ROOT}/calibrate/{OPERATING_POINT}"),
+        profile=at_points(f"{ROOT}/profile/{OPERATING_POINT}"),
+        plan=at_points(f"{ROOT}/plan/{OPERATING_POINT}"),
+        evaluate=at_points(f"{ROOT}/evaluate/{OPERATING_POINT}", PROFILE["evaluated_chips"]),
+        ablate=at_points(f"{ROOT}/ablate/{OPERATING_POINT}", PROFILE["ablated_chips"]),
+    output:
+        report(directory(f"{ROOT}/tables"), patterns=["{name}.csv"], category="tables"),
+        report(directory(f"{ROOT}/figures"), patterns=["{name}.png"], category="figures"),
+        records=f"{ROOT}/records.parquet",
+    log:
+        f"{ROOT}/logs/report.log",
+    benchmark:
+        f"{ROOT}/benchmarks/report.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+    shell:
+        "romer report {params.common} > {log} 2>&1"
