@@ -66,14 +66,15 @@ def fit_sigma(
     x = math.log(start)
     y = gap(x)
     below, above = ((x, y), None) if y < 0 else (None, (x, y))
+    reach = 0.05
     while abs(y) > math.log1p(tolerance) and (below is None or above is None):  # bracket
         if len(curve) >= MAX_EVALUATIONS or x in (low_bound, high_bound):
             best = target * math.exp(y)
             raise InputError(
                 f"KL target {target:.4g} cannot be met: at sigma_dev = {math.exp(x):.4g} the model's KL is {best:.4g}"
             )
-        step = -y / 2  # KL ~ σ²
-        x = min(max(x + step + math.copysign(0.05, step), low_bound), high_bound)
+        step = -y / 2 + math.copysign(reach, -y)  # KL ~ σ²; reach doubles, for a start on a plateau
+        x, reach = min(max(x + step, low_bound), high_bound), 2 * reach
         y = gap(x)
         below, above = ((x, y), above) if y < 0 else (below, (x, y))
     side = 0

@@ -13,15 +13,16 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from romer.errors import InputError
 
 
-def generator(seed: int, realisation: int, tensor: str, replica: int, kind: str) -> torch.Generator:
-    """The CPU generator of one key; the same key gives the same stream on every machine."""
+def generator(seed: int, realisation: int, tensor: str, replica: int, kind: str) -> np.random.Generator:
+    """The generator of one key: Philox under a 128-bit hash (torch's CPU generator reads 32 bits of its seed)."""
     key = f"{seed}|{realisation}|{tensor}|{replica}|{kind}".encode()
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") - 2**63)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(key).digest()[:16], "big")))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class NoiseModel:
 
     def epsilon(self, name: str, shape: torch.Size, realisation: int, replica: int = 0) -> torch.Tensor:
         """ε of one array: float32 of `shape` on the CPU, N(0, σ_dev²)."""
-        return self.sigma_dev * torch.randn(shape, generator=generator(self.seed, realisation, name, replica, "device"))
+        normal = generator(self.seed, realisation, name, replica, "device").standard_normal(tuple(shape), np.float32)
+        return self.sigma_dev * torch.from_numpy(normal)
 
     def realise(self, name: str, weight: torch.Tensor, realisation: int, replica: int = 0) -> torch.Tensor:
         """The noisy weight as programmed, in the weight's dtype; the noise is applied in float32 before the cast.

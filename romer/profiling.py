@@ -62,7 +62,10 @@ def profile(model: torch.nn.Module, ids: torch.Tensor, window: int = 512, batch:
             mean = finite.nanmean(-1, keepdim=True)
             variance = (finite - mean).square().nanmean(-1)
             p = torch.zeros_like(logits, dtype=torch.float64).scatter_add_(1, indices, weights.double())
-            into.append((p.cpu(), variance.cpu()))
+            chosen = (p > 0).scatter_(
+                1, indices[:, : gate.top_k], True
+            )  # a weight may underflow; a copy's may be unused
+            into.append((p.cpu(), variance.cpu(), chosen.cpu()))
 
         return hook
 
@@ -75,4 +78,5 @@ def profile(model: torch.nn.Module, ids: torch.Tensor, window: int = 512, batch:
             handle.remove()
     p = torch.stack([torch.cat([r[0] for r in layer]) for layer in records])  # [L, T, E]
     variance = torch.stack([torch.cat([r[1] for r in layer]).mean() for layer in records])
-    return Profile(p.sum(1), (p > 0).sum(1), variance, p > 0)
+    chosen = torch.stack([torch.cat([r[2] for r in layer]) for layer in records])
+    return Profile(p.sum(1), chosen.sum(1), variance, chosen)

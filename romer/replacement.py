@@ -54,7 +54,7 @@ class ReplacementPlan:
         """The plan for activation magnitudes A [L, E] (eq. 6): hottest onto coldest, second hottest onto second
         coldest, ...
 
-        Ties go to the lower index. Raises InputError unless 0 ≤ 2 n_replace ≤ E.
+        Of equal activations the lower index counts as the hotter. Raises InputError unless 0 ≤ 2 n_replace ≤ E.
         """
         experts = activation.shape[1]
         if n_replace < 0 or 2 * n_replace > experts:

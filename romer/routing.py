@@ -68,8 +68,12 @@ def moe_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def select(logits: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, indices) [T, k] of the top k of softmax(logits), as transformers' top-k routers compute them."""
-    weights, indices = F.softmax(logits, dim=-1, dtype=torch.float).topk(top_k, dim=-1)
+    """(weights, indices) [T, k] of the top k of softmax(logits), as transformers' top-k routers compute them.
+
+    Ties go to the lower index (`torch.topk` leaves them open; under eq. 8 all cold experts tie at zero).
+    """
+    ordered, order = F.softmax(logits, dim=-1, dtype=torch.float).sort(dim=-1, descending=True, stable=True)
+    weights, indices = ordered[:, :top_k], order[:, :top_k]
     return (weights / weights.sum(-1, keepdim=True) if norm_topk_prob else weights), indices
 
 

@@ -95,13 +95,13 @@ def wikitext(folder: str | Path) -> list[Document]:
 
 def wikitext_articles(text: str, use: str) -> list[Document]:
     """The articles of a WikiText file; each starts at a line ` = Title = `. use: evaluation | calibration."""
-    articles = re.split(r"\n(?= = [^=]+ = \n)", text)
+    articles = re.split(r"\n(?= = [^=\n]+ = \n)", text)
     return [Document(f"{use}:{i}", "wikitext", a.strip()) for i, a in enumerate(articles) if a.strip()]
 
 
-def _share(document: Document) -> float:
-    """A number in [0, 1) that depends on the document's id alone."""
-    return int.from_bytes(hashlib.sha256(document.id.encode()).digest()[:8], "big") / 2**64
+def _share(document: Document, purpose: str) -> float:
+    """A number in [0, 1) that depends on the document's id and the purpose alone."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}|{document.id}".encode()).digest()[:8], "big") / 2**64
 
 
 def ngrams(text: str, words: int = OVERLAP_WORDS) -> set[int]:
@@ -119,14 +119,14 @@ def split_documents(documents: Sequence[Document], evaluation: float = 0.2, cali
     """Split by document: shares `evaluation` and `calibration` by the hash of the id, the rest for distillation.
 
     WikiText documents go where their own split says. PIQA's training items only ever serve distillation. Every group is
-    in the order of its hashes, so that a prefix of it is a random sample.
+    in the order of another hash, so that a prefix of it is a random sample of all its parts.
     """
     groups: dict[str, list[Document]] = {"evaluation": [], "calibration": [], "distillation": []}
-    for d in sorted(documents, key=_share):
+    for d in sorted(documents, key=lambda d: _share(d, "order")):
         if d.part == "wikitext":
             groups[d.id.split(":")[0]].append(d)
-        elif d.part == "wikipedia" and _share(d) < evaluation + calibration:
-            groups["evaluation" if _share(d) < evaluation else "calibration"].append(d)
+        elif d.part == "wikipedia" and _share(d, "split") < evaluation + calibration:
+            groups["evaluation" if _share(d, "split") < evaluation else "calibration"].append(d)
         else:
             groups["distillation"].append(d)
     reference = set().union(*(ngrams(d.text) for d in groups["evaluation"]))

@@ -1,6 +1,10 @@
 """Tiny random models of the paper's four architectures, for tests of properties that hold for any weights."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +122,26 @@ def logits(ids):
             return model(ids.view(4, 64), use_cache=False).logits
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smoke_results(tmp_path_factory) -> Path:
+    """A results folder in which the whole smoke profile has run once."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=smoke", f"results={folder}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*command, "--", "all"], cwd=root, env=env, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture
+def smoke(smoke_results):
+    """Overrides that point a stage at the finished smoke run: smoke(model, temperature)."""
+
+    def overrides(model: str, temperature: str) -> list[str]:
+        at = [f"model={model}", "chip=table1", f"temperature={temperature}"]
+        return ["profile=smoke", f"results={smoke_results}", "tracking=disabled", *at]
+
+    return overrides

@@ -170,7 +170,7 @@ def reference(w, ids, c):
         if i < c["first_k_dense_replace"]:
             h = h + torch.stack([ffn(w, f"{p}.mlp", x) for x in u])
         else:
-            outs, logits = zip(*(moe(w, f"{p}.mlp", x, c) for x in u))
+            outs, logits = zip(*(moe(w, f"{p}.mlp", x, c) for x in u), strict=True)
             h = h + torch.stack(outs)
             routers.append(torch.stack(logits))
     head = w["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]

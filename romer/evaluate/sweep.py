@@ -8,6 +8,7 @@ method, so methods are compared in pairs.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ def sweep(
                 with apply(model, plan, calibration):
                     try:
                         value = measure()
+                        if not math.isfinite(value):
+                            raise FloatingPointError(f"value is {value}")
                     except FloatingPointError as error:
                         raise InputError(f"point {point.key}: {error}") from None
                 yield point, value

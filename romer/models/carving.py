@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 @dataclass(frozen=True)
 class Structure:
-    """What is carved out of every feed-forward layer from `first_dense` on.
+    """What is carved out of every feed-forward layer but the first `first_dense` and those listed in dense_layers.
 
     n_experts (E) routed experts of `expert_neurons` neurons each, top_k (k) of them a token; shared_neurons neurons
     that every token uses, behind a sigmoid gate where gated_shared; norm_topk_prob: the k weights are renormalised to
@@ -31,6 +31,11 @@ class Structure:
     gated_shared: bool
     norm_topk_prob: bool
     first_dense: int
+    dense_layers: tuple[int, ...] = ()
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether the layer stays as it is."""
+        return layer < self.first_dense or layer in self.dense_layers
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ Llama attention and norms, the softmax router and fused 3-D experts of Qwen2-MoE
 the chosen experts come from a float32 softmax; the auxiliary balance loss of its training (`aux_loss_alpha`,
 `seq_aux`) is kept in the config and not computed: who trains has `router_logits`.
 
-Three additions to the config, off by default, let the same class hold other structures: no shared experts
-(`n_shared_experts` 0 or None), a sigmoid gate on them as in Qwen1.5-MoE (`gated_shared_experts`), and a width of
-theirs that is no multiple of the routed experts' (`shared_expert_intermediate_size`).
+Four additions to the config, off by default, let the same class hold other structures: no shared experts
+(`n_shared_experts` 0 or None), a sigmoid gate on them as in Qwen1.5-MoE (`gated_shared_experts`), a width of theirs
+that is no multiple of the routed experts' (`shared_expert_intermediate_size`), and dense layers among the others
+(`mlp_only_layers`).
 """
 
 import torch
@@ -45,6 +46,7 @@ class DeepseekConfig(LlamaConfig):
     shared_expert_intermediate_size where that is given; 0 or None: none.
     gated_shared_experts: their output is multiplied by sigmoid(shared_expert_gate(x)), one number a token.
     first_k_dense_replace: the first layers that are dense, of intermediate_size neurons.
+    mlp_only_layers: further layers that are dense, as Qwen2-MoE's config names them; None: none.
     norm_topk_prob: the k chosen weights are divided by their sum (where k > 1, as in the original).
 
     Raises InputError for what this port cannot run: see `_check`.
@@ -75,6 +77,7 @@ class DeepseekConfig(LlamaConfig):
     output_router_logits: bool = False
     gated_shared_experts: bool = False
     shared_expert_intermediate_size: int | None = None
+    mlp_only_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)  # names the hub's remote code, which a checkpoint saved from here does not have
@@ -92,6 +95,8 @@ class DeepseekConfig(LlamaConfig):
         demand(experts >= 1, "n_routed_experts", "at least 1")
         demand(1 <= self.num_experts_per_tok <= experts, "num_experts_per_tok", f"1 to n_routed_experts = {experts}")
         demand(self.first_k_dense_replace >= 0, "first_k_dense_replace", "0 or more")
+        listed = self.mlp_only_layers or []
+        demand(all(0 <= i < self.num_hidden_layers for i in listed), "mlp_only_layers", "indices of layers")
         demand((self.n_shared_experts or 0) >= 0, "n_shared_experts", "0 or more, or None")
         demand(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_attention_heads = {heads}")
         if self.n_shared_experts:
@@ -141,11 +146,12 @@ class DeepseekMoE(nn.Module):
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer; its MLP is an MoE after the first `first_k_dense_replace` layers."""
+    """Llama's layer; its MLP is an MoE where the config does not make it dense."""
 
     def __init__(self, config: DeepseekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.mlp = DeepseekMoE(config) if layer_idx >= config.first_k_dense_replace else Qwen2MoeMLP(config)
+        dense = layer_idx < config.first_k_dense_replace or layer_idx in (config.mlp_only_layers or [])
+        self.mlp = Qwen2MoeMLP(config) if dense else DeepseekMoE(config)
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):

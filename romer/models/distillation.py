@@ -118,7 +118,7 @@ def carve(
     checkpoint: Path | None = None,
     progress: Callable[[str], None] = print,
 ) -> LlamaForCausalLM:
-    """Replaces the base's feed-forward layers from `first_dense` on by carved ones, in place; returns the base.
+    """Replaces the feed-forward layers that `structure` does not keep dense by carved ones, in place; returns the base.
 
     ids [T]: unlabelled tokens, T a multiple of `window`; 4096 of them serve the clustering. With `checkpoint` a file,
     the groups and routers are saved there, and read instead of fitted by the next call.
@@ -127,7 +127,7 @@ def carve(
     inputs = layer_inputs(base, ids, window) if not found else []
     fields = ("weight", "scale", "shared_gate", "shared_scale")
     for index, layer in enumerate(base.model.layers):
-        if index < structure.first_dense:
+        if structure.is_dense(index):
             continue
         generator = torch.Generator().manual_seed(seed * 1000 + index)
         weights = SwiGLU(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight)
@@ -161,8 +161,9 @@ def trainable(model: LlamaForCausalLM, schedule: Schedule) -> list[dict]:
     mlps = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, CarvedMLP)]
     norms = [p for name, p in model.named_parameters() if "norm" in name]  # gains differ by orders between layers
     groups = [
-        (schedule.lr_router, [p for m in mlps for p in (m.router, m.shared_gate)]),
-        (schedule.lr_scale, [p for m in mlps for p in (m.log_scale, m.neuron_scale, m.shared_scale)]),
+        (schedule.lr_router, [m.router for m in mlps] + [m.shared_gate for m in mlps if m.structure.gated_shared]),
+        (schedule.lr_scale, [p for m in mlps for p in (m.log_scale, m.neuron_scale)]),
+        (schedule.lr_scale, [m.shared_scale for m in mlps if m.structure.gated_shared]),
         (schedule.lr_low_rank, [p for m in mlps for q in (m.gate_proj, m.up_proj, m.down_proj) for p in (q.a, q.b)]),
     ]
     groups += [(schedule.lr_norm * p.square().mean().sqrt().item(), [p]) for p in norms]

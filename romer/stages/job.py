@@ -5,6 +5,7 @@ def main(job: Job): ...        # a Hydra application on conf/config.yaml
 """
 
 import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,12 @@ class Job:
     def say(self, message: str) -> None:
         """Progress, with the time of day, on stdout (Snakemake's log)."""
         print(f"{time.strftime('%H:%M:%S')} {self.stage} {self.where}: {message}", flush=True)
+
+    @property
+    def settings(self) -> dict:
+        """What every value of this job depends on besides its inputs and its point."""
+        cfg = self.config
+        return {key: cfg[key] for key in ("seed", "dtype", "noise", "placement")} | {"window": cfg["profile"]["window"]}
 
     @property
     def where(self) -> str:
@@ -113,7 +120,9 @@ class Job:
         return text.token_stream(tokenizer, [text.Document(*r) for r in rows.itertuples(index=False)], tokens)
 
     def noise(self) -> NoiseModel:
-        """The noise model that the calibration stage fitted for this operating point."""
+        """The noise model of this operating point: noise.sigma_dev where set, else what the calibration fitted."""
+        if self.cfg.noise.sigma_dev is not None:
+            return NoiseModel(float(self.cfg.noise.sigma_dev), self.cfg.seed)
         fit = pd.read_json(self.read("calibrate") / "calibration.json", typ="series")
         return NoiseModel(float(fit["sigma_dev"]), self.cfg.seed)
 
@@ -131,9 +140,8 @@ class Job:
         model = "all" if self.stage in ("text", "report") else cfg.model.name
         tags = [cfg.profile.name, *([] if self.stage in ("text", "report", "standin") else [cfg.chip.name])]
         config = {"inputs": dict(self.inputs), **self.config, **(config or {})}
-        return self.tracker.run(
-            self.stage, name, model, config, tags, {"profile": cfg.profile.name, "at": self.where} | identity
-        )
+        identity = {"profile": cfg.profile.name, "at": self.where, "settings": self.settings} | identity
+        return self.tracker.run(self.stage, name, model, config, tags, identity)
 
     def job_run(self):
         """The W&B run of the whole job."""
@@ -150,12 +158,13 @@ class Job:
         """(point, value, run id) of every point; those that an earlier, killed run of this job finished are not
         repeated.
 
-        context: what the values depend on besides the point (input hashes, tokens). Each new point is a W&B run of
-        its own.
+        context: what the values depend on besides the point, the job's inputs and its settings (task, tokens). Each new
+        point is a W&B run of its own.
         """
         todo, store, missing = list(todo), self.points, []
+        common = context | {"inputs": self.inputs, "settings": self.settings}
         for point in todo:
-            done = store.get(context | {"inputs": self.inputs} | point.key)
+            done = store.get(common | point.key)
             if done is None:
                 missing.append(point)
             else:
@@ -168,7 +177,7 @@ class Job:
                 f"{self.stage}-{point.method}-{point.realisation}", {"point": point.key}, {"point": point.key}
             ) as run:
                 run.log({"value": value, **context})
-            store.put(context | {"inputs": self.inputs} | point.key, {"value": value, "run_id": run.id})
+            store.put(common | point.key, {"value": value, "run_id": run.id})
             left = (time.monotonic() - started) / i * (len(missing) - i)
             self.say(f"{point.method} {point.options} realisation {point.realisation}: {value:.4f} ({left:.0f} s left)")
             yield point, value, run.id
@@ -182,10 +191,12 @@ def application(stage: str) -> Callable[[Callable[[Job, Run], None]], Callable[[
         def main(cfg: DictConfig) -> None:
             transformers.logging.disable_progress_bar()
             transformers.logging.set_verbosity_error()
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
             try:
                 job = Job(stage, cfg)
                 with job.job_run() as run:
                     function(job, run)
+                    run.summary({"inputs": job.inputs})
             except InputError as error:  # SystemExit passes through Hydra, an exception would not stay one line
                 print(f"romer {stage}: {error}", file=sys.stderr)
                 sys.exit(2)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from romer import NoiseModel, perplexity, profile, program
+from romer import perplexity, profile, program
 from romer.evaluate.sweep import points, sweep
 from romer.methods import Fitted, get
 from romer.routing import apply, moe_layers
@@ -30,9 +30,9 @@ def main(job: Job, run: Run) -> None:
     """Writes plan.json (n, λ, plan), selection.csv (all candidates) and activation.safetensors (eq. 6 under the
     plan)."""
     cfg, size = job.cfg, job.cfg.profile.plan
-    noise: NoiseModel = job.noise()
-    activation = load_file(job.read("profile") / "activation.safetensors")["noisy_magnitude"]
     model, tokenizer = job.load()
+    noise = job.noise()
+    activation = load_file(job.read("profile") / "activation.safetensors")["noisy_magnitude"]
     ids = job.ids(tokenizer, "calibration", size.tokens)
     wanted = [("romer_replacement", {"n_replace": n}) for n in feasible(model, list(size.n_replace))]
     wanted += [("romer_calibration", {"strength": s}) for s in size.strength]

@@ -30,8 +30,8 @@ def main(job: Job, run: Run) -> None:
     """Writes activation.safetensors (clean and noisy A and counts, [L, E]) and routing.csv (per layer and
     realisation)."""
     cfg, size = job.cfg, job.cfg.profile.profiling
-    noise = job.noise()
     model, tokenizer = job.load()
+    noise = job.noise()
     ids = job.ids(tokenizer, "calibration", size.tokens)
     clean = profile(model, ids, cfg.profile.window, cfg.profile.batch)
     rows, noisy = [], []

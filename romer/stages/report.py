@@ -82,7 +82,9 @@ def main(job: Job, run: Run) -> None:
     with job.write(job.root / "tables") as folder:
         for name, build in {"table1": tables.table1, "table4": tables.table4}.items():
             if name in set(records.chip):
-                caption = tables.caption(records, f"Table {name[-1]}.", name, text_name)
+                caption = tables.caption(
+                    records, f"Table {name[-1]}.", name, text_name, f"models: {job.cfg.profile.what}"
+                )
                 tables.write(build(records, published.load(name)), folder, name, caption)
         calibration = pd.concat(fits).merge(pd.concat(chosen), on=["chip", "model", "temperature_c"])
         tables.write(

@@ -25,6 +25,7 @@ def digest(*patterns):
 PROFILE = conf("profile", config["profile"])
 ROOT = f"{config['results']}/{PROFILE['name']}"
 LIBRARY = digest("romer/**/*.py", "romer/**/*.csv")
+CONF = digest(f"conf/profile/{PROFILE['name']}.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml")
 POINTS = [
     (chip, model, temperature)
     for chip in PROFILE["chips"]

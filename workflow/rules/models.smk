@@ -15,7 +15,7 @@ rule text:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         "romer text {params.common} > {log} 2>&1"
 

@@ -18,7 +18,7 @@ rule calibrate:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         f"romer calibrate {AT} {{params.common}} > {{log}} 2>&1"
 
@@ -43,7 +43,7 @@ rule profile:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         f"romer profile {AT} {{params.common}} > {{log}} 2>&1"
 
@@ -69,7 +69,7 @@ rule plan:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         f"romer plan {AT} {{params.common}} > {{log}} 2>&1"
 
@@ -95,7 +95,7 @@ rule evaluate:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         f"romer evaluate {AT} {{params.common}} > {{log}} 2>&1"
 
@@ -121,6 +121,6 @@ rule ablate:
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=digest("conf/profile/*.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml"),
+        conf=CONF,
     shell:
         f"romer ablate {AT} {{params.common}} > {{log}} 2>&1"

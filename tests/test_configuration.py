@@ -1,0 +1,72 @@
+"""The configuration: every choice composes, and a sweep runs every combination once."""
+
+import itertools
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from romer import methods
+from romer.cli import conf_folder
+from romer.stages.standin import recipe_of
+
+GROUPS = ("profile", "model", "chip", "temperature", "method", "task", "tracking")
+
+
+def composed(*overrides):
+    """The configuration with these overrides, resolved."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+        OmegaConf.to_container(config, resolve=True)
+        return config
+
+
+@pytest.mark.parametrize(
+    "group, choice", [(g, f.stem) for g in GROUPS for f in sorted((conf_folder() / g).glob("*.yaml"))]
+)
+def test_every_choice_composes(group, choice):
+    assert composed(f"{group}='{choice}'")
+
+
+def test_every_file_of_the_tree_starts_with_its_purpose():
+    for file in conf_folder().rglob("*.yaml"):
+        assert file.read_text().startswith("# "), file
+
+
+@pytest.mark.parametrize("profile", ["smoke", "standin", "paper"])
+def test_profiles_have_what_their_models_need(profile):
+    config = composed(f"profile={profile}")
+    for name in (*config.profile.models, *config.profile.reference_models):
+        assert config.profile.source in composed(f"model={name}").model
+    assert set(config.profile.evaluated_chips) | set(config.profile.ablated_chips) == set(config.profile.chips)
+
+
+def test_method_files_mirror_the_registry():
+    files = {f.stem for f in (conf_folder() / "method").glob("*.yaml")} - {"all"}
+    assert set(composed("method=all").method) == files
+    for name in files:
+        assert list(composed(f"method={name}").method) == [methods.get(name).name]
+
+
+def test_stand_ins_differ_in_what_matters():
+    structures = [
+        recipe_of(composed(f"model={m}").model.standin).structure for m in ("olmoe", "qwen3", "qwen15", "deepseek")
+    ]
+    assert {s.norm_topk_prob for s in structures} == {True, False}
+    assert {bool(s.shared_neurons) for s in structures} == {True, False}
+    assert {s.gated_shared for s in structures} == {True, False}
+    assert all(s.shared_neurons + s.n_experts * s.expert_neurons == 1536 for s in structures)
+
+
+def test_multirun_evaluates_every_combination(smoke_results, tmp_path):
+    from tests.test_cli import romer
+
+    sweep = ["temperature=25,80", "method=vanilla,romer", "model=olmoe"]
+    common = ["profile=smoke", f"results={smoke_results}", "tracking=disabled", f"hydra.sweep.dir={tmp_path}"]
+    done = romer("evaluate", "-m", *sweep, *common)
+    assert done.returncode == 0, done.stderr
+    for temperature, method in itertools.product((25, 80), ("vanilla", "romer")):
+        (found,) = (smoke_results / "smoke/selected/table1/olmoe" / str(temperature)).glob(f"{method}-*/manifest.json")
+        config = json.loads(found.read_text())["config"]
+        assert config["temperature"]["celsius"] == temperature and list(config["method"]) == [method]

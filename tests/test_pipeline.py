@@ -1,0 +1,112 @@
+"""The whole DAG on tiny random models: what it promises to write, and that a kill costs one point at most."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from romer.store import verify
+
+ABLATED = "ablate/table4/qwen3/85"
+
+
+def snakemake(results: Path, *arguments) -> subprocess.Popen:
+    """Snakemake on the smoke profile, in a process group of its own."""
+    config = ["--config", "profile=smoke", f"results={results}"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *config]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    root = Path(__file__).parents[1]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *arguments], cwd=root, env=env, start_new_session=True, **streams)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Output of a process that must succeed."""
+    output, _ = process.communicate(timeout=560)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(smoke_results) -> Path:
+    """results/smoke of a finished run."""
+    return smoke_results / "smoke"
+
+
+def test_contract_of_the_output(results):
+    records = pd.read_parquet(results / "records.parquet")
+    columns = "model chip temperature_c method options task metric realisation value tokens cells run_id".split()
+    assert list(records.columns) == columns
+    assert len(records) == 8 * (1 + 2 * 4) + 4 * (
+        1 + 2 * (1 + 5 + 5)
+    )  # clean once, two realisations of everything else
+    assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
+    for name in ("table1", "table4", "models", "calibration", "routing"):
+        assert all((results / "tables" / f"{name}.{kind}").stat().st_size for kind in ("csv", "md", "tex"))
+    for name in ("fig2", "fig5"):
+        assert all((results / "figures" / f"{name}.{kind}").stat().st_size for kind in ("png", "svg"))
+    assert len(list((results / "wandb").glob("offline-run-*"))) >= len(records)
+
+
+def test_calibration_meets_its_target(results):
+    fits = [json.loads(f.read_text()) for f in results.glob("calibrate/*/*/*/calibration.json")]
+    assert len(fits) == 12
+    for fit in fits:
+        assert abs(fit["kl"] / fit["kl_target"] - 1) < 0.02 and fit["evaluations"] <= 12
+        assert fit["sigma_low"] <= fit["sigma_dev"] <= fit["sigma_high"]
+
+
+def test_every_parameter_is_accounted_for(results):
+    for file in results.glob("evaluate/*/*/*/coverage.csv"):
+        rows = pd.read_csv(file, keep_default_na=False)
+        quality = json.loads((results / "standin" / file.parts[-3] / "quality.json").read_text())
+        assert rows["count"].sum() == quality["parameters"]
+        assert rows[rows.kind == "routed expert"].analog.all() and not rows[rows.kind == "embedding"].analog.any()
+
+
+def test_lineage_is_recorded_and_verified(results):
+    manifest = verify(results / "evaluate/table1/olmoe/80")
+    for stage in ("standin", "text", "calibrate", "plan"):
+        folder = {"text": "text", "standin": "standin/olmoe"}.get(stage, f"{stage}/table1/olmoe/80")
+        assert manifest.inputs[stage] == verify(results / folder).digest
+
+
+def test_vanilla_and_romer_share_their_noise(results):
+    """n and λ act on routing alone: paired by realisation, methods differ less than realisations do."""
+    records = pd.read_parquet(results / "evaluate/table1/deepseek/80/records.parquet")
+    wide = records[records.realisation >= 0].pivot(index="realisation", columns="method", values="value")
+    assert (wide["romer"] - wide["vanilla"]).abs().max() < wide["vanilla"].max() - wide["vanilla"].min()
+
+
+def test_second_run_has_nothing_to_do(smoke_results):
+    assert "Nothing to be done" in finish(snakemake(smoke_results, "--", "all"))
+
+
+def test_killed_ablation_resumes(smoke_results, tmp_path):
+    """Killed with some points done, the job repeats none of them, and records and tables are the same bytes."""
+    shutil.copytree(smoke_results, tmp_path / "results", symlinks=True)
+    root = tmp_path / "results" / "smoke"
+    before = {f: (root / f).read_bytes() for f in ("records.parquet", "tables/table4.csv", "tables/table4.md")}
+    shutil.rmtree(root / ABLATED)
+    points = root / "points" / "ablate" / ABLATED.removeprefix("ablate/").replace("/", "-")
+    process = snakemake(tmp_path / "results", "--", "all")
+    deadline = time.monotonic() + 120
+    while len(list(points.glob("*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {f: f.stat().st_mtime_ns for f in points.glob("*.json")}
+    assert 5 <= len(done) < 23 and not (root / ABLATED).exists()
+    finish(snakemake(tmp_path / "results", "--unlock"))
+    finish(snakemake(tmp_path / "results", "--", "all"))
+    log = (root / "logs" / f"{ABLATED}.log").read_text()
+    assert f"{len(done)} of 23 points were finished before" in log
+    assert not points.exists()
+    assert {f: (root / f).read_bytes() for f in before} == before
