@@ -1,5 +1,5 @@
 # snakemake --cores 8 all                                       every table and figure, on the embedded stand-ins
-# snakemake --cores 8 --config profile=smoke all                tiny random models, for a look at the DAG
+# snakemake --cores 8 --config profile=smoke -- all              tiny random models, for a look at the DAG
 # snakemake --workflow-profile workflow/profiles/slurm all      the same on a SLURM cluster
 from snakemake.utils import min_version
 

@@ -40,7 +40,9 @@ def check_choices(arguments: list[str]) -> list[str]:
     for argument in arguments:
         group, _, value = argument.partition("=")
         folder = conf_folder() / group
-        if value and folder.is_dir() and not group.startswith("hydra"):
+        if value.startswith("~/"):  # Hydra's grammar has no tilde
+            argument = f"{group}={Path(value).expanduser()}"
+        if group and value and "(" not in value and folder.is_dir() and not group.startswith("hydra"):
             choices = sorted(f.stem for f in folder.glob("*.yaml"))
             wanted = [choice.strip(" '\"") for choice in value.split(",")]
             if unknown := [choice for choice in wanted if choice not in choices]:

@@ -64,6 +64,9 @@ def moe_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     if not blocks:
         raise InputError(f"model: {type(model).__name__} has no mixture-of-experts layer with a top-k router")
+    for path, block in blocks:
+        if not hasattr(block.gate, "norm_topk_prob"):  # what `Rewrite` does is right for softmax routers that state it
+            raise InputError(f"model: router {path}.gate is a {type(block.gate).__name__}, which is not supported")
     return blocks
 
 

@@ -22,7 +22,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,11 +282,10 @@ class Points:
             raise InputError(f"point {name}: changes when stored as JSON (a tuple, or a key that is no text?)")
         write_atomic(self._file(name), text)
 
-    def clear(self) -> None:
-        """Deletes all points, and the folder when nothing else is in it."""
-        for file in self.folder.glob("*"):
-            if re.match(r"\.?[0-9a-f]{64}\.json", file.name):  # with a dot: what a killed process has left
-                file.unlink()
+    def clear(self, keys: Iterable[Mapping]) -> None:
+        """Deletes the points of these keys, and the folder when it is empty then: other jobs may keep points there."""
+        for key in keys:
+            self._file(canonical_json(key, "point")).unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
 

@@ -49,6 +49,11 @@ class Run:
         if self._run is not None and self._tracker.mode != "disabled":
             self._tracker.attempt(lambda: self._run.log(dict(metrics)))
 
+    def configure(self, values: Mapping) -> None:
+        """Adds to the run's configuration what was not known when it was opened."""
+        if self._run is not None and self._tracker.mode != "disabled":
+            self._tracker.attempt(lambda: self._run.config.update(dict(values), allow_val_change=True))
+
     def summary(self, values: Mapping) -> None:
         """Sets values that describe the whole run."""
         if self._run is not None and self._tracker.mode != "disabled":

@@ -67,6 +67,8 @@ def test_multirun_evaluates_every_combination(smoke_results, tmp_path):
     done = romer("evaluate", "-m", *sweep, *common)
     assert done.returncode == 0, done.stderr
     for temperature, method in itertools.product((25, 80), ("vanilla", "romer")):
-        (found,) = (smoke_results / "smoke/selected/table1/olmoe" / str(temperature)).glob(f"{method}-*/manifest.json")
+        (found,) = (smoke_results / "smoke/selected/evaluate/table1/olmoe" / str(temperature)).glob(
+            f"{method}-*/manifest.json"
+        )
         config = json.loads(found.read_text())["config"]
         assert config["temperature"]["celsius"] == temperature and list(config["method"]) == [method]

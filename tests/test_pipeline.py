@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from romer.store import verify
+from tests.test_cli import one_line, romer
 
 ABLATED = "ablate/table4/qwen3/85"
 
@@ -76,6 +77,15 @@ def test_lineage_is_recorded_and_verified(results):
     for stage in ("standin", "text", "calibrate", "plan"):
         folder = {"text": "text", "standin": "standin/olmoe"}.get(stage, f"{stage}/table1/olmoe/80")
         assert manifest.inputs[stage] == verify(results / folder).digest
+
+
+def test_artifacts_of_different_texts_are_not_mixed(smoke_results, tmp_path):
+    """A plan that was made from another text is refused, whatever its own bytes say."""
+    shutil.copytree(smoke_results, tmp_path / "results", symlinks=True)
+    overrides = ["profile=smoke", f"results={tmp_path / 'results'}", "tracking=disabled", "model=olmoe"]
+    assert romer("text", *overrides, "text.evaluation=0.3").returncode == 0
+    line = one_line(romer("evaluate", *overrides, "method=vanilla", "temperature=80"))
+    assert "made from another text" in line
 
 
 def test_vanilla_and_romer_share_their_noise(results):

@@ -230,12 +230,16 @@ def test_points_outlive_a_killed_job_and_clear_deletes_them_alone(tmp_path):
     killed("p = Points('p')\np.put({'i': 0}, {'x': 1})\nos.replace = lambda *a: die()\np.put({'i': 1}, {})", tmp_path)
     points = Points(tmp_path / "p")
     assert points.get({"i": 0}) == {"x": 1} and points.get({"i": 1}) is None
-    (tmp_path / "p" / "notes.json").write_text("mine")
-    points.clear()
-    assert os.listdir(tmp_path / "p") == ["notes.json"]
-    (tmp_path / "p" / "notes.json").unlink()
-    points.clear()
-    points.clear()  # nothing to do is no error
+    points.put({"i": 2}, {"x": 3})
+    points.clear([{"i": 0}, {"i": 1}])  # one that was never finished is no error
+    assert points.get({"i": 0}) is None and points.get({"i": 2}) == {"x": 3}  # another job's point stays
+
+
+def test_clearing_the_last_point_takes_the_folder_along(tmp_path):
+    points = Points(tmp_path / "p")
+    points.put({"i": 0}, {"x": 1})
+    points.clear([{"i": 0}])
+    points.clear([{"i": 0}])
     assert not (tmp_path / "p").exists()
 
 

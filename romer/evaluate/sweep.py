@@ -33,6 +33,9 @@ class Point:
     realisation: int
     options: dict = field(default_factory=dict)
 
+    def __hash__(self):
+        return hash((self.method, self.realisation, *sorted(self.options.items())))
+
     @property
     def key(self) -> dict:
         """Plain JSON that identifies the point within its job."""

@@ -21,6 +21,8 @@ def load_model(source: str | Path, revision: str | None = None, dtype: str = "fl
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype: found {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: found {device!r}, but torch sees no CUDA device; expected cpu")
     if Path(source).exists():
         revision = None
     try:

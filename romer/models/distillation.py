@@ -245,7 +245,8 @@ def _restore(path: Path, params: list[torch.Tensor], adam: torch.optim.Adam) -> 
     tensors = load_file(path)
     for i, p in enumerate(params):
         p.data.copy_(tensors[f"{i}.value"])
-        adam.state[p] = {k: tensors[f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        moments = {k: tensors[f"{i}.{k}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+        adam.state[p] = {"step": tensors[f"{i}.step"]} | moments
     return int(tensors["step"])
 
 

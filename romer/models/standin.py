@@ -10,6 +10,7 @@ was made by (`fingerprint`), and `assemble` refuses one that was made by another
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +43,13 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """sha256 over the recipe, its version and the sha256 of the packages that it reads."""
-        packages = [p.sha256 for p in (SMOLLM2, WIKIPEDIA_LEADS, PIQA_TRAIN)]
-        return sha256(
-            canonical_json({"recipe": asdict(self), "version": RECIPE_VERSION, "packages": packages}, "recipe")
-        )
+        return _key("recipe", asdict(self))
+
+
+def _key(what: str, value) -> str:
+    """sha256 over a value, the recipes' version and the sha256 of the packages that they read."""
+    packages = [p.sha256 for p in (SMOLLM2, WIKIPEDIA_LEADS, PIQA_TRAIN)]
+    return sha256(canonical_json({what: value, "version": RECIPE_VERSION, "packages": packages}, what))
 
 
 def make(
@@ -60,17 +64,18 @@ def make(
     tokens, window = recipe.schedule.tokens, recipe.schedule.window
     ids = text.token_stream(tokenizer, documents, tokens)
     work.mkdir(parents=True, exist_ok=True)
-    states = work / f"teacher-{tokens}.safetensors"  # the same for every structure
+    states = work / f"teacher-{_key('teacher', [tokens, window])[:16]}.safetensors"  # the same for every structure
     if not states.exists():
         progress(f"last hidden states of the dense model on {tokens} tokens")
         teacher = teacher_states(base.to(device), ids.to(device), window).cpu()
-        save_file({"states": teacher}, states.with_suffix(".part"))
-        states.with_suffix(".part").replace(states)
+        scratch = states.with_suffix(f".{os.getpid()}.part")  # stand-ins may be made side by side
+        save_file({"states": teacher}, scratch)
+        scratch.replace(states)
         base.to("cpu")
     teacher = load_file(states)["states"]
     name = recipe.fingerprint()[:16]
     groups = {key: value for key, value in asdict(recipe).items() if key != "schedule"}
-    carved = work / f"carved-{sha256(canonical_json(groups, 'recipe'))[:16]}.safetensors"
+    carved = work / f"carved-{_key('groups', [groups, window])[:16]}.safetensors"
     model = carve(
         base,
         ids[: recipe.carving_tokens],
@@ -113,7 +118,9 @@ def assemble(path: Path, recipe: Recipe, folder: Path) -> None:
         )
     base, tokenizer = smollm2.load()
     model = DeepseekForCausalLM(config_of(recipe.structure, base.config))
-    model.load_state_dict(state_dict_of(base, load_file(path), recipe.structure), strict=False)
+    missing = model.load_state_dict(state_dict_of(base, load_file(path), recipe.structure), strict=False)
+    if set(missing.missing_keys) - {"lm_head.weight"} or set(missing.unexpected_keys) - {"lm_head.weight"}:
+        raise InputError(f"{path}: does not hold the tensors of its structure ({missing})")
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

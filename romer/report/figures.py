@@ -53,9 +53,9 @@ def fig2_kl(curves: pd.DataFrame, fits: pd.DataFrame, folder: str | Path, name: 
     curves: columns model, chip, temperature_c, sigma_dev, realisation, kl; the band is the bootstrap interval of the
     mean over realisations. The noise is common to all temperatures, so a model has one curve. fits: columns model,
     chip, temperature_c, sigma_dev, kl_target, sigma_low, sigma_high; a marker per temperature where the curve meets the
-    target, its bar the interval of sigma_dev (NaN: no bar). Writes `name`.png and `name`.svg in `folder`, returns their
-    paths. Raises InputError for a missing column or an empty frame. Rows with sigma_dev = 0 have no logarithm and
-    are left out.
+    target, its bar the range of sigma_dev over realisations (NaN: no bar). Writes `name`.png and `name`.svg in
+    `folder`, returns their paths. Raises InputError for a missing column or an empty frame. Rows with sigma_dev = 0
+    have no logarithm and are left out.
     """
     _require(curves, "curves", ("model", "chip", "temperature_c", "sigma_dev", "realisation", "kl"))
     _require(fits, "fits", ("model", "chip", "temperature_c", "sigma_dev", "kl_target", "sigma_low", "sigma_high"))
@@ -136,7 +136,7 @@ def fig5_heatmaps(
             image = panel.imshow(share, cmap="YlOrRd", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
             busiest = share.max(axis=1).mean()
             panel.set(title=f"{condition}: busiest expert {busiest:.1f}× on average", xlabel="expert")
-        panels[0].set_ylabel("layer")
+        panels[0].set_ylabel("MoE layer")
         panels[0].yaxis.get_major_locator().set_params(integer=True)
         if cold.size:
             panels[2].scatter(cold.ravel(), np.repeat(np.arange(layers), cold.shape[1]), s=5, color=COLD_MARK, lw=0)

@@ -21,14 +21,20 @@ def main(job: Job, run: Run) -> None:
     ids = job.ids(tokenizer, "calibration", size.tokens)
     reference = log_probabilities(model, ids, cfg.profile.window, cfg.profile.batch)
 
-    def divergence(sigma: float) -> list[float]:
+    def measure(sigma: float) -> dict:
         values = []
         for r in range(size.realisations):
             with program(model, NoiseModel(sigma, cfg.seed), CALIBRATION_REALISATIONS + r, job.placement):
                 values.append(kl_divergence(model, ids, reference, cfg.profile.window, cfg.profile.batch))
-        job.say(f"sigma_dev {sigma:.5f}: KL {statistics.mean(values):.5f}, target {target:.5f}")
-        run.log({"sigma_dev": sigma, "kl": statistics.mean(values)})
-        return values
+        return {"sigma_dev": sigma, "mean_kl": statistics.mean(values), "kl": values}
+
+    keys = []
+
+    def divergence(sigma: float) -> list[float]:
+        keys.extend(job.point_keys([{"sigma_dev": sigma}], {"tokens": size.tokens, "realisations": size.realisations}))
+        found = job.point(keys[-1], f"sigma-{sigma:.5g}", lambda: measure(sigma))
+        job.say(f"sigma_dev {sigma:.5f}: KL {found['mean_kl']:.5f}, target {target:.5f}")
+        return found["kl"]
 
     fit = fit_sigma(divergence, target)
     result = {
@@ -46,4 +52,5 @@ def main(job: Job, run: Run) -> None:
         pd.DataFrame(rows, columns=["sigma_dev", "realisation", "kl"]).to_csv(folder / "kl_curve.csv", index=False)
         (folder / "calibration.json").write_text(json.dumps(result, indent=2) + "\n")
         job.write_coverage(model, folder)
+    job.points.clear(keys)
     run.summary(result)

@@ -5,13 +5,14 @@ romer evaluate -m model=olmoe,qwen3 temperature=25,80 method=vanilla,romer
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import yaml
+from torch import nn
 
 from romer import perplexity
-from romer.cli import conf_folder
+from romer.evaluate.perplexity import predicted
 from romer.evaluate.sweep import points, sweep
 from romer.methods import get
 from romer.stages import plan
@@ -20,13 +21,18 @@ from romer.store import canonical_json, sha256
 from romer.tracking import Run
 
 
-def measure(job: Job, wanted: list[tuple[str, dict]], task: str, tokens: int) -> tuple[pd.DataFrame, object]:
-    """(records, model): every wanted (method, options) on every realisation, resuming where an earlier run was
-    killed."""
+def measure(
+    job: Job, wanted: Callable[[nn.Module], list[tuple[str, dict]]], task: str, tokens: int
+) -> tuple[pd.DataFrame, Callable[[Path | None], None]]:
+    """(records, publish): every (method, options) wanted of the model on every realisation; resumes a killed run.
+
+    publish(folder) writes records.parquet and coverage.csv and forgets the finished points.
+    """
     cfg = job.cfg
     model, tokenizer = job.load()
     noise, fitted = job.noise(), plan.read(job)
     ids = job.ids(tokenizer, "evaluation", tokens)
+    context = {"task": task, "tokens": tokens}
 
     def compute(missing):
         return sweep(
@@ -38,7 +44,7 @@ def measure(job: Job, wanted: list[tuple[str, dict]], task: str, tokens: int) ->
             lambda: perplexity(model, ids, cfg.profile.window, cfg.profile.batch),
         )
 
-    todo = points(fitted, wanted, range(cfg.profile.realisations))
+    todo = points(fitted, wanted(model), range(cfg.profile.realisations))
     rows = [
         {
             "model": cfg.model.name,
@@ -50,46 +56,41 @@ def measure(job: Job, wanted: list[tuple[str, dict]], task: str, tokens: int) ->
             "metric": "token_perplexity",
             "realisation": p.realisation,
             "value": value,
-            "tokens": tokens,
+            "tokens": predicted(tokens, cfg.profile.window),
             "cells": get(p.method).cells,
             "run_id": run_id,
         }
-        for p, value, run_id in job.resumed(todo, {"task": task, "tokens": tokens}, compute)
+        for p, value, run_id in job.resumed(todo, context, compute)
     ]
-    order = ["method", "options", "realisation"]
-    return pd.DataFrame(rows).sort_values(order).reset_index(drop=True), model
+    records = pd.DataFrame(rows).sort_values(["method", "options", "realisation"]).reset_index(drop=True)
+
+    def publish(folder: Path | None) -> None:
+        with job.write(folder) as scratch:
+            records.to_parquet(scratch / "records.parquet", index=False)
+            job.write_coverage(model, scratch)
+        job.points.clear(job.point_keys([p.key for p in todo], context))
+
+    return records, publish
 
 
-def publish(job: Job, records: pd.DataFrame, model, folder: Path | None = None) -> None:
-    """Writes records.parquet and coverage.csv and forgets the finished points."""
-    with job.write(folder) as scratch:
-        records.to_parquet(scratch / "records.parquet", index=False)
-        job.write_coverage(model, scratch)
-    job.points.clear()
-
-
-def default_methods() -> dict:
-    """conf/method/all: every method with its default options, as the pipeline runs them."""
-    folder = conf_folder() / "method"
-    names = yaml.safe_load((folder / "all.yaml").read_text())["defaults"]
-    return {
-        key: value for name in names for key, value in yaml.safe_load((folder / f"{name}.yaml").read_text()).items()
-    }
+def by_hand(job: Job) -> Path | None:
+    """Where a run by hand writes: a folder of its own, so that only the pipeline's runs reach the report."""
+    if job.cfg.pipeline:
+        return None
+    choice = {k: v for k, v in job.config.items() if k not in ("tracking", "results", "resources", "standin", "device")}
+    name = "-".join(job.config["method"])
+    return job.root / "selected" / job.stage / job.where / f"{name}-{sha256(canonical_json(choice, 'choice'))[:8]}"
 
 
 @application("evaluate")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet and coverage.csv; what differs from the pipeline's own choice gets its own folder."""
+    """Writes records.parquet and coverage.csv, and prints the means."""
     wanted = [
         (name, {key: value for key, value in options.items() if value is not None})
         for name, options in job.config["method"].items()
     ]
-    records, model = measure(job, wanted, f"ppl:{job.cfg.task.name}", job.cfg.profile.evaluate.tokens)
-    folder = None
-    if job.cfg.noise.sigma_dev is not None or job.config["method"] != default_methods():
-        choice = sha256(canonical_json({"method": job.config["method"], "noise": job.config["noise"]}, "choice"))[:8]
-        folder = job.root / "selected" / job.where / f"{'-'.join(name for name, _ in wanted)}-{choice}"
-    publish(job, records, model, folder)
+    records, publish = measure(job, lambda model: wanted, f"ppl:{job.cfg.task.name}", job.cfg.profile.evaluate.tokens)
+    publish(by_hand(job))
     means = records.groupby("method").value.agg(["mean", "min", "max", "count"])
     run.summary({f"{method}/perplexity": row["mean"] for method, row in means.iterrows()})
     print(means.to_string(float_format="%.3f"))

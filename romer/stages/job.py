@@ -40,9 +40,12 @@ class Job:
         self.stage, self.cfg = stage, cfg
         self.config = OmegaConf.to_container(cfg, resolve=True)
         self.inputs: dict[str, str] = {}
+        self.lineage: dict[str, str] = {}  # what the inputs themselves were made from
+        self.opened: Run | None = None
         self.root = Path(cfg.results) / cfg.profile.name
         self.tracker = Tracker(cfg.tracking.mode, self.root / "wandb", cfg.tracking.project, cfg.tracking.entity)
         self.placement = Placement(cfg.placement.rule, cfg.placement.router)
+        self.root.mkdir(parents=True, exist_ok=True)  # an unwritable place is found before the work, not after
         torch.manual_seed(0)  # nothing may depend on it; a run that does is at least the same twice
 
     def say(self, message: str) -> None:
@@ -88,7 +91,13 @@ class Job:
             raise InputError(
                 f"{folder} is missing: run `romer {stage} {choices}` first{need}, or `snakemake` for everything"
             )
-        self.inputs[stage] = verify(folder).digest
+        manifest = verify(folder)
+        for name, found in {stage: manifest.digest, **manifest.inputs}.items():
+            if self.lineage.setdefault(name, found) != found:
+                raise InputError(f"{folder}: made from another {name} than this job reads; run `snakemake` again")
+        self.inputs[stage] = manifest.digest
+        if self.opened is not None:
+            self.opened.configure({"inputs": dict(self.inputs)})
         return folder
 
     @contextmanager
@@ -143,14 +152,32 @@ class Job:
         identity = {"profile": cfg.profile.name, "at": self.where, "settings": self.settings} | identity
         return self.tracker.run(self.stage, name, model, config, tags, identity)
 
-    def job_run(self):
-        """The W&B run of the whole job."""
-        return self.run(f"{self.stage}-{self.where.replace('/', '-')}", {"point": None})
+    @contextmanager
+    def job_run(self) -> Iterator[Run]:
+        """The W&B run of the whole job; the hashes of its inputs enter its configuration as they are read."""
+        choices = {key: self.config[key] for key in ("method", "task", "profile", "data")}
+        with self.run(f"{self.stage}-{self.where.replace('/', '-')}", {"point": None, "choices": choices}) as run:
+            self.opened = run
+            yield run
 
     @property
     def points(self) -> Points:
-        """Finished points of this job, kept until its artifact is written."""
+        """Finished points at this operating point, kept until their job's artifact is written."""
         return Points(self.root / "points" / self.stage / self.where.replace("/", "-"))
+
+    def point_keys(self, points: Iterable[dict], context: dict) -> list[dict]:
+        """What identifies each point: itself, the job's inputs and settings, and the context (task, tokens)."""
+        common = context | {"inputs": self.inputs, "settings": self.settings}
+        return [common | point for point in points]
+
+    def point(self, key: dict, name: str, compute: Callable[[], dict]) -> dict:
+        """The value of one point, computed in a W&B run of its own unless an earlier, killed run of this job has it."""
+        if (found := self.points.get(key)) is None:
+            with self.run(f"{self.stage}-{name}", {"point": key}, {"point": key}) as run:
+                found = compute() | {"run_id": run.id}
+                run.log({k: v for k, v in found.items() if isinstance(v, int | float)})
+            self.points.put(key, found)
+        return found
 
     def resumed(
         self, todo: Iterable[Point], context: dict, compute: Callable[[list[Point]], Iterator[tuple[Point, float]]]
@@ -158,29 +185,21 @@ class Job:
         """(point, value, run id) of every point; those that an earlier, killed run of this job finished are not
         repeated.
 
-        context: what the values depend on besides the point, the job's inputs and its settings (task, tokens). Each new
-        point is a W&B run of its own.
+        compute: yields the values of the missing points, in any order. Each new point is a W&B run of its own.
         """
-        todo, store, missing = list(todo), self.points, []
-        common = context | {"inputs": self.inputs, "settings": self.settings}
-        for point in todo:
-            done = store.get(common | point.key)
-            if done is None:
-                missing.append(point)
-            else:
-                yield point, done["value"], done["run_id"]
-        if len(missing) < len(todo):
-            self.say(f"{len(todo) - len(missing)} of {len(todo)} points were finished before")
+        todo = list(todo)
+        keys = dict(zip(todo, self.point_keys([p.key for p in todo], context), strict=True))
+        done = {p: found for p in todo if (found := self.points.get(keys[p])) is not None}
+        yield from ((p, found["value"], found["run_id"]) for p, found in done.items())
+        if done:
+            self.say(f"{len(done)} of {len(todo)} points were finished before")
+        missing = [p for p in todo if p not in done]
         started = time.monotonic()
-        for i, (point, value) in enumerate(compute(missing), 1):
-            with self.run(
-                f"{self.stage}-{point.method}-{point.realisation}", {"point": point.key}, {"point": point.key}
-            ) as run:
-                run.log({"value": value, **context})
-            store.put(common | point.key, {"value": value, "run_id": run.id})
+        for i, (p, value) in enumerate(compute(missing), 1):
+            found = self.point(keys[p], f"{p.method}-{p.realisation}", lambda value=value: {"value": value})
             left = (time.monotonic() - started) / i * (len(missing) - i)
-            self.say(f"{point.method} {point.options} realisation {point.realisation}: {value:.4f} ({left:.0f} s left)")
-            yield point, value, run.id
+            self.say(f"{p.method} {p.options} realisation {p.realisation}: {value:.4f} ({left:.0f} s left)")
+            yield p, value, found["run_id"]
 
 
 def application(stage: str) -> Callable[[Callable[[Job, Run], None]], Callable[[], None]]:
@@ -196,9 +215,8 @@ def application(stage: str) -> Callable[[Callable[[Job, Run], None]], Callable[[
                 job = Job(stage, cfg)
                 with job.job_run() as run:
                     function(job, run)
-                    run.summary({"inputs": job.inputs})
-            except InputError as error:  # SystemExit passes through Hydra, an exception would not stay one line
-                print(f"romer {stage}: {error}", file=sys.stderr)
+            except (InputError, FloatingPointError, OSError) as error:  # SystemExit passes through Hydra as it is
+                print(f"romer {stage}: {' '.join(str(error).split())}", file=sys.stderr)
                 sys.exit(2)
 
         return main

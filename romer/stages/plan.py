@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from romer import perplexity, profile, program
+from romer import InputError, perplexity, profile, program
 from romer.evaluate.sweep import points, sweep
 from romer.methods import Fitted, get
 from romer.routing import apply, moe_layers
@@ -34,7 +34,9 @@ def main(job: Job, run: Run) -> None:
     noise = job.noise()
     activation = load_file(job.read("profile") / "activation.safetensors")["noisy_magnitude"]
     ids = job.ids(tokenizer, "calibration", size.tokens)
-    wanted = [("romer_replacement", {"n_replace": n}) for n in feasible(model, list(size.n_replace))]
+    if not (candidates := feasible(model, list(size.n_replace))) or not size.strength:
+        raise InputError(f"profile.plan: no n_replace of {list(size.n_replace)} fits the model, or strength is empty")
+    wanted = [("romer_replacement", {"n_replace": n}) for n in candidates]
     wanted += [("romer_calibration", {"strength": s}) for s in size.strength]
     unfitted = Fitted(activation, 0, 0.0)
     seen = range(CALIBRATION_REALISATIONS, CALIBRATION_REALISATIONS + size.realisations)
@@ -77,7 +79,7 @@ def main(job: Job, run: Run) -> None:
             },
             folder / "activation.safetensors",
         )
-    job.points.clear()
+    job.points.clear(job.point_keys([p.key for p in todo], {"tokens": size.tokens}))
     run.summary({"n_replace": fitted.n_replace, "strength": fitted.strength})
 
 

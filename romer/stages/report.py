@@ -2,13 +2,16 @@
 
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from safetensors.torch import load_file
 
 from romer import published
+from romer.cli import conf_folder
 from romer.errors import InputError
 from romer.report import figures, tables
 from romer.stages.job import Job, application
@@ -16,15 +19,24 @@ from romer.store import verify, write_atomic
 from romer.tracking import Run
 
 
-def artifacts(job: Job, stage: str) -> list[tuple[tuple[str, str, float], Path]]:
-    """((chip, model, temperature), folder) of every artifact of a stage, verified; their digests become inputs."""
+def artifacts(job: Job, stage: str, chips: list[str]) -> list[tuple[tuple[str, str, float], Path]]:
+    """((chip, model, temperature), folder) of a stage's artifact at every operating point of the profile on `chips`.
+
+    All are verified and must come from the same text and models; their digests become inputs.
+    """
     found = []
-    for manifest in sorted((job.root / stage).glob("*/*/*/manifest.json")):
-        chip, model, temperature = manifest.parent.relative_to(job.root / stage).parts
-        job.inputs[f"{stage}/{chip}/{model}/{temperature}"] = verify(manifest.parent).digest
-        found.append(((chip, model, float(temperature)), manifest.parent))
-    if not found:
-        raise InputError(f"{job.root / stage}: no artifacts; run `romer {stage}` or `snakemake` first")
+    for chip in chips:
+        section = yaml.safe_load((conf_folder() / "chip" / f"{chip}.yaml").read_text())
+        for model, temperature in product(section["models"], section["temperatures"]):
+            if model in job.cfg.profile.models:
+                folder = job.root / stage / chip / model / str(temperature)
+                manifest = verify(folder)
+                for name in ("text", "standin"):
+                    key = name if name == "text" else f"{name}/{model}"
+                    if job.lineage.setdefault(key, manifest.inputs[name]) != manifest.inputs[name]:
+                        raise InputError(f"{folder}: made from another {key} than the rest; run `snakemake` again")
+                job.inputs[f"{stage}/{chip}/{model}/{temperature}"] = manifest.digest
+                found.append(((chip, model, float(temperature)), folder))
     return found
 
 
@@ -38,7 +50,7 @@ def quality(job: Job) -> pd.DataFrame:
     rows = []
     for name in (*job.cfg.profile.reference_models, *job.cfg.profile.models):
         folder = job.root / "standin" / name
-        job.inputs[f"standin/{name}"] = verify(folder).digest
+        job.inputs[f"standin/{name}"] = job.lineage[f"standin/{name}"] = verify(folder).digest
         rows.append(json.loads((folder / "quality.json").read_text()))
     table = pd.DataFrame(rows)
     if (dense := table.loc[table.kind == "dense", "perplexity"]).size:
@@ -47,7 +59,7 @@ def quality(job: Job) -> pd.DataFrame:
 
 
 def heatmap(job: Job, folder: Path) -> None:
-    """Figure 5 for the profile's model and operating point, where its stages have run."""
+    """Figure 5 for the profile's model and operating point."""
     chosen = job.cfg.profile.heatmap
     at = Path(chosen.chip) / chosen.model / str(chosen.temperature)
     before = load_file(job.root / "profile" / at / "activation.safetensors")
@@ -64,21 +76,21 @@ def heatmap(job: Job, folder: Path) -> None:
 @application("report")
 def main(job: Job, run: Run) -> None:
     """Writes tables/, figures/ (each with its manifest) and records.parquet below results/<profile>."""
-    records = pd.concat(
-        [pd.read_parquet(f / "records.parquet") for s in ("evaluate", "ablate") for _, f in artifacts(job, s)],
-        ignore_index=True,
-    )
+    size = job.cfg.profile
+    models = quality(job)
+    measured = [*artifacts(job, "evaluate", size.evaluated_chips), *artifacts(job, "ablate", size.ablated_chips)]
+    records = pd.concat([pd.read_parquet(folder / "records.parquet") for _, folder in measured], ignore_index=True)
     fits, curves, chosen, routing = [], [], [], []
-    for at, folder in artifacts(job, "calibrate"):
+    for at, folder in artifacts(job, "calibrate", size.chips):
         fits.append(placed(pd.DataFrame([json.loads((folder / "calibration.json").read_text())]), at))
         curves.append(placed(pd.read_csv(folder / "kl_curve.csv"), at))
-    for at, folder in artifacts(job, "plan"):
+    for at, folder in artifacts(job, "plan", size.chips):
         plan = json.loads((folder / "plan.json").read_text())
         chosen.append(placed(pd.DataFrame([{k: plan[k] for k in ("n_replace", "strength")}]), at))
-    for at, folder in artifacts(job, "profile"):
+    for at, folder in artifacts(job, "profile", size.chips):
         routing.append(placed(pd.read_csv(folder / "routing.csv"), at))
-    models = quality(job)
     text_name = json.loads((job.read("text") / "about.json").read_text())["name"]
+    text_name += f" in contexts of {size.window} tokens without BOS"
     with job.write(job.root / "tables") as folder:
         for name, build in {"table1": tables.table1, "table4": tables.table4}.items():
             if name in set(records.chip):

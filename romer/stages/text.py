@@ -31,7 +31,7 @@ def documents(job: Job) -> tuple[list[text.Document], str, str]:
 def main(job: Job, run: Run) -> None:
     """Writes evaluation.jsonl, calibration.jsonl and about.json (counts, licence, overlap)."""
     found, name, licence = documents(job)
-    split = text.split_documents(found)
+    split = text.split_documents(found, job.cfg.text.evaluation, job.cfg.text.calibration)
     reference = set().union(*(text.ngrams(d.text) for d in split.evaluation))
     about = {
         "name": name,
@@ -40,6 +40,7 @@ def main(job: Job, run: Run) -> None:
         "dropped_for_overlap": split.dropped,
         "overlap_words": text.OVERLAP_WORDS,
         "overlapping_calibration_documents": text.overlap(split.calibration, reference),
+        "overlapping_with_stand_ins_text": text.overlap(text.split_documents(text.wikipedia()).distillation, reference),
     }
     with job.write() as folder:
         for use in ("evaluation", "calibration"):

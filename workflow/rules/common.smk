@@ -1,6 +1,7 @@
 # The operating points of a profile, and how a rule calls its stage.
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -22,10 +23,18 @@ def digest(*patterns):
     return found.hexdigest()
 
 
+def shown(section):
+    """The profile without what only words and estimates depend on."""
+    return {k: v for k, v in section.items() if k not in ("what", "heatmap", "tokens_per_second", "seconds_per_job")}
+
+
 PROFILE = conf("profile", config["profile"])
 ROOT = f"{config['results']}/{PROFILE['name']}"
-LIBRARY = digest("romer/**/*.py", "romer/**/*.csv")
-CONF = digest(f"conf/profile/{PROFILE['name']}.yaml", "conf/chip/*.yaml", "conf/method/*.yaml", "conf/config.yaml")
+LIBRARY = digest("romer/*.py", "romer/[!r]*/**/*.py", "romer/published/*.csv")  # all but romer/report
+CONF = [shown(PROFILE), digest("conf/chip/*.yaml", "conf/method/*.yaml", "conf/t*/*.yaml", "conf/config.yaml")]
+COMMON = f"pipeline=true profile={config['profile']} results={config['results']} {config['overrides']}".strip()
+ROMER = "python -m romer.cli"
+WIKITEXT = re.findall(r"data\.wikitext_dir=(\S+)", config["overrides"])
 POINTS = [
     (chip, model, temperature)
     for chip in PROFILE["chips"]
@@ -34,6 +43,10 @@ POINTS = [
     for temperature in conf("chip", chip)["temperatures"]
 ]
 MODELS = [*PROFILE["reference_models"], *PROFILE["models"]]
+
+
+# One thread a job, whatever share of the scheduler's cores it takes; the tracking mode is no reason to run a job again.
+shell.prefix(f"export OMP_NUM_THREADS=1 ROMER_TRACKING={config['tracking']}; ")
 
 
 def share(wildcards):
@@ -48,9 +61,6 @@ def at_points(pattern, chips=None):
         for chip, model, temperature in POINTS
         if chips is None or chip in chips
     ]
-
-
-COMMON = f"profile={config['profile']} results={config['results']} tracking={config['tracking']} {config['overrides']}".strip()
 
 
 def estimate(cores):

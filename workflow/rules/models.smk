@@ -1,5 +1,7 @@
 # Text and models: what every operating point starts from.
 rule text:
+    input:
+        [f for folder in WIKITEXT for f in Path(folder).expanduser().glob("*.*")],
     output:
         directory(f"{ROOT}/text"),
     log:
@@ -17,7 +19,7 @@ rule text:
         library=LIBRARY,
         conf=CONF,
     shell:
-        "romer text {params.common} > {log} 2>&1"
+        f"{ROMER} text {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
 rule standin:
@@ -33,11 +35,13 @@ rule standin:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=60,
     params:
         common=COMMON,
         library=LIBRARY,
-        conf=lambda wildcards: digest(f"conf/model/{wildcards.model}.yaml", f"resources/standins/{wildcards.model}.*"),
+        conf=CONF,
+        model=lambda wildcards: digest(f"conf/model/{wildcards.model}.yaml", f"resources/standins/{wildcards.model}.*"),
     shell:
-        "romer standin model={wildcards.model} {params.common} > {log} 2>&1"
+        f"{ROMER} standin model={{wildcards.model}} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"

@@ -13,14 +13,15 @@ rule calibrate:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=120,
     params:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
     shell:
-        f"romer calibrate {AT} {{params.common}} > {{log}} 2>&1"
+        f"{ROMER} calibrate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
 rule profile:
@@ -38,14 +39,15 @@ rule profile:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=120,
     params:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
     shell:
-        f"romer profile {AT} {{params.common}} > {{log}} 2>&1"
+        f"{ROMER} profile {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
 rule plan:
@@ -64,14 +66,15 @@ rule plan:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=240,
     params:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
     shell:
-        f"romer plan {AT} {{params.common}} > {{log}} 2>&1"
+        f"{ROMER} plan {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
 rule evaluate:
@@ -90,14 +93,15 @@ rule evaluate:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=480,
     params:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
     shell:
-        f"romer evaluate {AT} {{params.common}} > {{log}} 2>&1"
+        f"{ROMER} evaluate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
 rule ablate:
@@ -116,11 +120,12 @@ rule ablate:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=4000,
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
         runtime=480,
     params:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
     shell:
-        f"romer ablate {AT} {{params.common}} > {{log}} 2>&1"
+        f"{ROMER} ablate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"

@@ -24,6 +24,7 @@ rule report:
         runtime=30,
     params:
         common=COMMON,
-        library=LIBRARY,
+        library=digest("romer/**/*.py", "romer/**/*.csv"),
+        conf=PROFILE,
     shell:
-        "romer report {params.common} > {log} 2>&1"
+        f"{ROMER} report {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
