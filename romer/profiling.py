@@ -53,30 +53,30 @@ def profile(model: torch.nn.Module, ids: torch.Tensor, window: int = 512, batch:
     weight.
     """
     blocks = moe_layers(model)
-    records: list[list[tuple]] = [[] for _ in blocks]
+    magnitude = [torch.zeros(b.gate.weight.shape[0], dtype=torch.float64) for _, b in blocks]  # eq. 6
+    variance: list[list[torch.Tensor]] = [[] for _ in blocks]
+    chosen: list[list[torch.Tensor]] = [[] for _ in blocks]
 
-    def record(into):
+    def record(layer: int):
         def hook(gate, args, output):
             logits, weights, indices = output
             finite = logits.double().masked_fill(torch.isinf(logits), torch.nan)
             mean = finite.nanmean(-1, keepdim=True)
-            variance = (finite - mean).square().nanmean(-1)
+            variance[layer].append((finite - mean).square().nanmean(-1).cpu())
             p = torch.zeros_like(logits, dtype=torch.float64).scatter_add_(1, indices, weights.double())
-            chosen = (p > 0).scatter_(
-                1, indices[:, : gate.top_k], True
-            )  # a weight may underflow; a copy's may be unused
-            into.append((p.cpu(), variance.cpu(), chosen.cpu()))
+            magnitude[layer] += p.sum(0).cpu()
+            # A chosen expert's weight may underflow to zero; a copy's entry of weight zero is not used.
+            chosen[layer].append((p > 0).scatter_(1, indices[:, : gate.top_k], True).cpu())
 
         return hook
 
-    handles = [b.gate.register_forward_hook(record(r)) for (_, b), r in zip(blocks, records, strict=True)]
+    handles = [block.gate.register_forward_hook(record(layer)) for layer, (_, block) in enumerate(blocks)]
     try:
         for rows in windows(ids, window).split(batch):
             model.model(rows.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    p = torch.stack([torch.cat([r[0] for r in layer]) for layer in records])  # [L, T, E]
-    variance = torch.stack([torch.cat([r[1] for r in layer]).mean() for layer in records])
-    chosen = torch.stack([torch.cat([r[2] for r in layer]) for layer in records])
-    return Profile(p.sum(1), chosen.sum(1), variance, chosen)
+    selected = torch.stack([torch.cat(parts) for parts in chosen])  # [L, T, E]
+    spread = torch.stack([torch.cat(parts).mean() for parts in variance])
+    return Profile(torch.stack(magnitude), selected.sum(1), spread, selected)
