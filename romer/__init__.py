@@ -13,8 +13,9 @@ from romer.errors import InputError
 from romer.evaluate.perplexity import kl_divergence, log_probabilities, perplexity
 from romer.models import load_model
 from romer.noise import NoiseModel
+from romer.placement import Placement, coverage
 from romer.profiling import Profile, profile
-from romer.programming import Placement, coverage, program
+from romer.programming import program
 from romer.replacement import ReplacementPlan
 from romer.routing import RouterCalibration, apply
 

@@ -7,12 +7,17 @@ nearly a line, with the same realisations at every σ (common random numbers).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from romer.errors import InputError
 
-TOLERANCE = 0.01  # relative, of the mean KL to its target
+TOLERANCE = 0.01  # relative, of the mean KL to its target, at which the search stops
+ACCEPTED = 0.02  # likewise, of the best σ when the evaluations are used up: KL(σ) jumps where tokens change experts
 MAX_EVALUATIONS = 12
 
 
@@ -21,13 +26,15 @@ class SigmaFit:
     """sigma_dev meets `target` (nats a token) on average over realisations; curve: (σ, KL of each realisation) as
     evaluated, sorted.
 
-    sigma_by_realisation: the σ at which each realisation alone would meet the target, from the local slope of the
-    curve.
+    slope: d ln KL / d ln σ around sigma_dev: 2 where the model answers smoothly, far less where what counts is that any
+    disturbance at all makes some tokens change experts. sigma_by_realisation: the σ at which each realisation alone
+    would meet the target, by that slope.
     """
 
     sigma_dev: float
     kl: float
     target: float
+    slope: float
     sigma_by_realisation: tuple[float, ...]
     curve: tuple[tuple[float, tuple[float, ...]], ...]
 
@@ -41,14 +48,15 @@ def fit_sigma(
     divergence: Callable[[float], Sequence[float]],
     target: float,
     start: float = 0.05,
-    bounds: tuple[float, float] = (1e-4, 2.0),
+    bounds: tuple[float, float] = (1e-7, 2.0),
     tolerance: float = TOLERANCE,
 ) -> SigmaFit:
     """σ_dev for a KL target.
 
-    divergence(σ) returns the KL of every realisation, in nats; the mean meets `target` within `tolerance` (relative).
-    Brackets by the σ² law, then regula falsi (Illinois) on the logarithms. Raises InputError for a target that is not
-    positive and finite or cannot be met within `bounds` and twelve evaluations.
+    divergence(σ) returns the KL of every realisation, in nats; the mean meets `target` within `tolerance` (relative),
+    or within ACCEPTED where twelve evaluations do not find better. Brackets by the σ² law, then along the secant of the
+    last two σ, then regula falsi (Illinois) on the logarithms. Raises InputError for a target that is not positive and
+    finite or cannot be met within `bounds` and twelve evaluations.
     """
     if not (math.isfinite(target) and target > 0):
         raise InputError(f"KL target: found {target}, expected a finite number > 0 (nats per token)")
@@ -73,13 +81,17 @@ def fit_sigma(
             raise InputError(
                 f"KL target {target:.4g} cannot be met: at sigma_dev = {math.exp(x):.4g} the model's KL is {best:.4g}"
             )
-        step = -y / 2 + math.copysign(reach, -y)  # KL ~ σ²; reach doubles, for a start on a plateau
+        slope = _slope(curve, math.exp(x)) if len(curve) > 1 else 2.0  # KL ~ σ² until the curve says otherwise
+        step = -y / slope + math.copysign(reach, -y)  # reach doubles, for a start on a plateau
         x, reach = min(max(x + step, low_bound), high_bound), 2 * reach
         y = gap(x)
         below, above = ((x, y), above) if y < 0 else (below, (x, y))
     side = 0
     while abs(y) > math.log1p(tolerance):
         if len(curve) >= MAX_EVALUATIONS:
+            y, x = min((abs(math.log(sum(kl) / len(kl) / target)), math.log(s)) for s, kl in curve.items())
+            if y <= math.log1p(ACCEPTED):
+                break
             raise InputError(f"KL target {target:.4g} not met within {MAX_EVALUATIONS} evaluations (noise too coarse?)")
         (x0, y0), (x1, y1) = below, above
         x = (x0 * y1 - x1 * y0) / (y1 - y0)
@@ -90,18 +102,85 @@ def fit_sigma(
         else:
             below, above = (x0, y0 / 2 if side == 1 else y0), (x, y)
             side = 1
-    sigma = math.exp(x)
+    sigma = min(curve, key=lambda s: abs(math.log(s) - x))  # exp(x), bit by bit
     slope = _slope(curve, sigma)
     alone = tuple(sigma * (target / kl) ** (1 / slope) for kl in curve[sigma])
     mean = sum(curve[sigma]) / len(curve[sigma])
-    return SigmaFit(sigma, mean, target, alone, tuple(sorted(curve.items())))
+    return SigmaFit(sigma, mean, target, slope, alone, tuple(sorted(curve.items())))
 
 
 def _slope(curve: dict[float, tuple[float, ...]], sigma: float) -> float:
-    """d log KL / d log σ between σ and its nearest neighbour on the curve; 2 where there is none."""
-    others = [s for s in curve if s != sigma]
-    if not others:
-        return 2.0
-    near = min(others, key=lambda s: abs(math.log(s / sigma)))
-    mean = {s: sum(curve[s]) / len(curve[s]) for s in (near, sigma)}
-    return max(0.5, math.log(mean[near] / mean[sigma]) / math.log(near / sigma))
+    """d ln KL / d ln σ around σ: least squares over the σ tried within a factor of 3, or else to the nearest other one.
+
+    At least 0.1, because KL jumps where tokens change experts; 2 where σ is the only one.
+    """
+    at = {s: math.log(s / sigma) for s in curve}
+    near = {s: d for s, d in at.items() if abs(d) < math.log(3)}
+    if len(near) < 2 or max(near.values()) - min(near.values()) < 0.1:  # too close together to tell a slope from a jump
+        others = [s for s in curve if abs(at[s]) >= 0.1]
+        if not others:
+            return 2.0
+        near = {s: at[s] for s in (sigma, min(others, key=lambda s: abs(at[s])))}
+    log_kl = {s: math.log(sum(curve[s]) / len(curve[s])) for s in near}
+    d, y = (sum(v.values()) / len(v) for v in (near, log_kl))
+    slope = sum((near[s] - d) * (log_kl[s] - y) for s in near) / sum((near[s] - d) ** 2 for s in near)
+    return max(0.1, slope)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM of transformers. Raises InputError where it has none."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise InputError(f"model: {type(model).__name__} has no decoder layers to compare")
+    return layers
+
+
+@contextmanager
+def _watched(model: nn.Module, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)):
+
+            def hook(module, args, output, index=index):
+                visit(index, output[0] if isinstance(output, tuple) else output)
+
+            stack.callback(layer.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def recorded_layers(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects the output [B, S, H] of every layer of every forward pass inside, in order."""
+    outputs: list[torch.Tensor] = []
+    with _watched(model, lambda index, output: outputs.append(output.detach().cpu())):
+        yield outputs
+
+
+class LayerErrors:
+    """Relative error of each layer's output over tokens: sqrt(mean over tokens of ‖h̃ - h‖² / ‖h‖²), end to end.
+
+    Relative to the token's own norm, because a few tokens carry activations a hundred times those of the others.
+    """
+
+    def __init__(self, clean: Sequence[torch.Tensor], layers: int):
+        self.clean, self.sums, self.tokens, self.seen = clean, [0.0] * layers, [0] * layers, 0
+
+    def visit(self, index: int, output: torch.Tensor) -> None:
+        """Compares the next output with the clean one that was recorded in its place."""
+        clean = self.clean[self.seen].double()
+        error = (output.detach().cpu().double() - clean).square().sum(-1) / clean.square().sum(-1)
+        self.sums[index] += error.sum().item()
+        self.tokens[index] += error.numel()
+        self.seen += 1
+
+    @property
+    def relative(self) -> list[float]:
+        """One number for each layer."""
+        return [math.sqrt(s / n) for s, n in zip(self.sums, self.tokens, strict=True)]
+
+
+@contextmanager
+def compared_layers(model: nn.Module, clean: Sequence[torch.Tensor]) -> Iterator[LayerErrors]:
+    """Compares every layer's output inside with `clean`, recorded over the same forward passes."""
+    errors = LayerErrors(clean, len(decoder_layers(model)))
+    with _watched(model, errors.visit):
+        yield errors

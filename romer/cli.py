@@ -18,6 +18,7 @@ STAGES = {
     "plan": "n, lambda and the replacement plan, chosen on calibration text",
     "evaluate": "perplexity of every method on held-out text",
     "ablate": "the n and lambda grids of table 4",
+    "probe": "what breaks under noise, and whether the cure works where it was not fitted",
     "report": "records, tables and figures",
 }
 

@@ -1,64 +1,233 @@
-"""Device noise of analog arrays, eq. 2-3 of the ROMER paper (arXiv:2605.11800): w̃ = w (1 + ε), ε ~ N(0, σ_dev²).
+"""Errors of analog arrays, eq. 2-3 of the ROMER paper (arXiv:2605.11800) and what measured chips add to them.
 
-    noise = NoiseModel(sigma_dev=0.1)
+    noise = NoiseModel(sigma_dev=0.1)                                   # eq. 2: w̃ = w (1 + ε), ε ~ N(0, σ_dev²)
+    noise = NoiseModel(errors=(Conductance(cells, 0.0, 25.0), ColumnGain(0.05)))   # a chip: cells first, then columns
     w_noisy = noise.realise("model.layers.0.self_attn.q_proj.weight", w, realisation=3)
 
 A realisation is one programming of the arrays. Its draws come from generators keyed by (seed, realisation, tensor,
 replica, kind), never from the global one, so they depend on nothing else: not on the order of the tensors, not on
-batches, processes or other libraries. A fused 3-D experts tensor holds one array per expert, each with a generator of
-its own, so an expert slot can be reprogrammed by itself.
+batches, processes or other libraries. A fused 3-D experts tensor holds one array per expert, each with generators of
+its own, so an expert slot can be reprogrammed by itself. Everything is computed in float32, whatever the weight's
+dtype is.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from romer.adc import Adc, Converter
 from romer.errors import InputError
+
+
+def key_of(seed: int, realisation: int, tensor: str, replica: int, kind: str) -> int:
+    """A 128-bit hash of the five parts."""
+    key = f"{seed}|{realisation}|{tensor}|{replica}|{kind}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:16], "big")
 
 
 def generator(seed: int, realisation: int, tensor: str, replica: int, kind: str) -> np.random.Generator:
     """The generator of one key: Philox under a 128-bit hash (torch's CPU generator reads 32 bits of its seed)."""
-    key = f"{seed}|{realisation}|{tensor}|{replica}|{kind}".encode()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(hashlib.sha256(key).digest()[:16], "big")))
+    return np.random.Generator(np.random.Philox(key=key_of(seed, realisation, tensor, replica, kind)))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The generators of one array: the same numbers for a kind, whatever other kinds are drawn before it."""
+
+    seed: int
+    realisation: int
+    tensor: str
+    replica: int = 0
+
+    def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        """N(0, 1) draws of a kind: float32, of the shape (and on the device) of `like`.
+
+        The first rows of a longer draw are those of a shorter one.
+        """
+        shape = tuple(like.shape) if isinstance(like, torch.Tensor) else like
+        rng = generator(self.seed, self.realisation, self.tensor, self.replica, kind)
+        drawn = torch.from_numpy(rng.standard_normal(shape, np.float32))
+        return drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
+
+
+class Error(Protocol):
+    """What is wrong with an array: turns the weights that were meant into those that act.
+
+    values: float32 [rows, columns of numbers]; draws: of this array; outputs: the dimension that runs over the array's
+    output columns (0 for a weight [out, in]); full_range: the largest |value| that can be stored, where it does not
+    follow from the values themselves (a KV cache is written before its later tokens are known).
+    """
+
+    def __call__(
+        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | None = None
+    ) -> torch.Tensor: ...
+
+
+def check_sigma(name: str, value: float) -> None:
+    """InputError unless `value` is a finite number ≥ 0."""
+    if not math.isfinite(value) or value < 0:
+        raise InputError(f"{name}: found {value}, expected a finite number ≥ 0")
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """Eq. 2: w (1 + ε), ε ~ N(0, σ_dev²) for every cell; σ_dev is dimensionless."""
+
+    sigma_dev: float
+
+    def __post_init__(self):
+        check_sigma("sigma_dev", self.sigma_dev)
+
+    def __call__(self, values, draws, outputs=0, full_range=None):
+        return values * (1.0 + self.sigma_dev * draws.normal("device", values))  # eq. 2
+
+
+@dataclass(frozen=True)
+class ColumnGain:
+    """Every output column of an array has a gain of its own, 1 + σ ε: its amplifier and ADC (dimensionless).
+
+    tile_rows: inputs of an array; a longer product runs over several arrays, each with gains of its own.
+    """
+
+    sigma: float
+    tile_rows: int = Adc.tile_rows
+
+    def __post_init__(self):
+        check_sigma("column gain sigma", self.sigma)
+
+    def __call__(self, values, draws, outputs=0, full_range=None):
+        columns, inputs = values.shape[outputs], values.shape[1 - outputs]
+        tiles = -(-inputs // self.tile_rows)
+        shape = (columns, tiles) if outputs == 0 else (tiles, columns)  # rows first: a cache grows by rows
+        gain = 1.0 + self.sigma * draws.normal("column", shape).to(values.device)
+        return values * gain.repeat_interleave(self.tile_rows, 1 - outputs).narrow(1 - outputs, 0, inputs)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Conductance decays as (t / t0)^-ν with an exponent ν ~ N(nu, nu_sigma²) of every cell, not below 0.
+
+    seconds: t since programming, t0: of the reference read; no drift for t ≤ t0. For weights of which one cell of the
+    pair is at zero conductance; `Conductance` drifts both cells of a pair.
+    """
+
+    nu: float
+    nu_sigma: float
+    seconds: float
+    t0: float = 20.0
+
+    def __post_init__(self):
+        check_sigma("drift nu", self.nu)
+        check_sigma("drift nu_sigma", self.nu_sigma)
+        check_sigma("drift seconds", self.seconds)
+        if not 0 < self.t0 < math.inf:
+            raise InputError(f"drift t0: found {self.t0}, expected a finite number of seconds > 0")
+
+    def __call__(self, values, draws, outputs=0, full_range=None):
+        exponent = (self.nu + self.nu_sigma * draws.normal("drift", values)).clamp(min=0)
+        return values * max(self.seconds / self.t0, 1.0) ** -exponent
+
+
+Cells = Callable[[torch.Tensor, Draws, str], torch.Tensor]  # (target µS, draws, kind prefix) -> µS as read
+
+
+@dataclass(frozen=True)
+class Conductance:
+    """Weights as differential pairs of conductances, whose errors `cells` knows; read back as weights.
+
+    A weight w is stored as G⁺ = g_min + max(w, 0) s and G⁻ = g_min + max(-w, 0) s with s = (g_max - g_min) / w_max in
+    µS, and read as (G̃⁺ - G̃⁻) / s; with zero `high` as G⁺ = g_max - max(-w, 0) s and G⁻ = g_max - max(w, 0) s, for cells
+    that hold high conductances better. w_max is the largest |w| of the array (scaling `tensor`) or of the output column
+    (`column`). compensate: one digital factor an array, Σ|w| / Σ|w̃|, takes the mean decay out (global drift
+    compensation, Joshi et al. 2020, DOI 10.1038/s41467-020-16108-9, against the exact weights; noise on small weights
+    makes it a little small); not for a KV cache. Raises InputError for a range that is none.
+    """
+
+    cells: Cells
+    g_min_us: float
+    g_max_us: float
+    scaling: str = "tensor"
+    compensate: bool = False
+    zero: str = "low"
+
+    def __post_init__(self):
+        if not 0 <= self.g_min_us < self.g_max_us < math.inf:
+            raise InputError(
+                f"conductance range: found {self.g_min_us} to {self.g_max_us} µS, expected 0 ≤ g_min < g_max"
+            )
+        if self.scaling not in ("tensor", "column"):
+            raise InputError(f"conductance scaling: found {self.scaling!r}, expected tensor or column")
+        if self.zero not in ("low", "high"):
+            raise InputError(f"conductance zero: found {self.zero!r}, expected low or high")
+
+    def __call__(self, values, draws, outputs=0, full_range=None):
+        if full_range is not None:
+            values = values.clamp(-full_range, full_range)
+            top = torch.tensor(full_range)
+        elif self.scaling == "column":
+            top = values.abs().amax(dim=1 - outputs, keepdim=True)
+        else:
+            top = values.abs().max()
+        scale = (self.g_max_us - self.g_min_us) / torch.where(top > 1e-30, top, 1.0)  # µS per weight; 1: all are zero
+        above, below = (values * scale).clamp(min=0), (-values * scale).clamp(min=0)
+        if self.zero == "low":
+            targets = self.g_min_us + above, self.g_min_us + below
+        else:
+            targets = self.g_max_us - below, self.g_max_us - above
+        plus, minus = (self.cells(g, draws, kind) for g, kind in zip(targets, ("plus", "minus"), strict=True))
+        read = (plus - minus) / scale
+        if self.compensate and full_range is None and (total := read.abs().sum()) > 0:
+            read = read * (values.abs().sum() / total)
+        return read
 
 
 @dataclass(frozen=True)
 class NoiseModel:
-    """Eq. 2 with its parameter.
+    """What is wrong with the arrays that a model sits on.
 
-    sigma_dev: relative standard deviation of a programmed weight (dimensionless, ≥ 0); seed: of the project's draws.
+    sigma_dev: eq. 2's relative standard deviation of a programmed weight (dimensionless, ≥ 0); seed: of the project's
+    draws; errors: applied after eq. 2, in order; adc: converts the outputs of the arrays (eq. 4), None for ideal ones.
     Raises InputError for a σ that is negative or not finite.
     """
 
-    sigma_dev: float
+    sigma_dev: float = 0.0
     seed: int = 0
+    errors: tuple[Error, ...] = ()
+    adc: Converter | None = None
 
     def __post_init__(self):
-        if not math.isfinite(self.sigma_dev) or self.sigma_dev < 0:
-            raise InputError(f"sigma_dev: found {self.sigma_dev}, expected a finite number ≥ 0")
+        check_sigma("sigma_dev", self.sigma_dev)
 
     def epsilon(self, name: str, shape: torch.Size, realisation: int, replica: int = 0) -> torch.Tensor:
-        """ε of one array: float32 of `shape` on the CPU, N(0, σ_dev²)."""
-        normal = generator(self.seed, realisation, name, replica, "device").standard_normal(tuple(shape), np.float32)
-        return self.sigma_dev * torch.from_numpy(normal)
+        """ε of eq. 2 of one array: float32 of `shape` on the CPU, N(0, σ_dev²)."""
+        return self.sigma_dev * Draws(self.seed, realisation, name, replica).normal("device", tuple(shape))
+
+    def store(
+        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | None = None
+    ) -> torch.Tensor:
+        """The values of one array [rows, columns of numbers] as they act, in their dtype; see `Error`."""
+        errors = ((Proportional(self.sigma_dev),) if self.sigma_dev else ()) + self.errors
+        stored = values.float()
+        for error in errors:
+            stored = error(stored, draws, outputs, full_range)
+        return stored.to(values.dtype) if errors else values.clone()
 
     def realise(self, name: str, weight: torch.Tensor, realisation: int, replica: int = 0) -> torch.Tensor:
         """The noisy weight as programmed, in the weight's dtype; the noise is applied in float32 before the cast.
 
-        weight: [out, in], or [E, out, in] for fused experts (one array per expert). σ_dev = 0 returns the weight
-        bitwise.
+        weight: [out, in], or [E, out, in] for fused experts (one array per expert). No error and σ_dev = 0 return the
+        weight bitwise.
         """
-        if self.sigma_dev == 0:
-            return weight.clone()
         if weight.dim() == 3:
             return torch.stack(
                 [self.realise(slot_name(name, i), w, realisation, replica) for i, w in enumerate(weight)]
             )
-        epsilon = self.epsilon(name, weight.shape, realisation, replica).to(weight.device)
-        return (weight.float() * (1.0 + epsilon)).to(weight.dtype)  # eq. 2
+        return self.store(weight, Draws(self.seed, realisation, name, replica))
 
 
 def slot_name(name: str, slot: int) -> str:

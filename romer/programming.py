@@ -1,7 +1,5 @@
-"""Puts noisy weights into a model and takes them out again, bitwise; says which parameters are analog and which are
-not.
+"""Puts noisy weights into a model and takes them out again, bitwise.
 
-    rows = coverage(model, Placement())                     # every parameter, analog or digital
     with program(model, NoiseModel(0.1), realisation=0):    # one programming of the arrays
         ...
 
@@ -11,108 +9,57 @@ keeps its own device errors whatever expert is stored in it, so a copied expert 
 
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from romer.arrays import attach
+from romer.corrections import offset
+from romer.encoding import Layout, realise
 from romer.errors import InputError
 from romer.noise import NoiseModel, slot_name
-
-PLACEMENTS = ("experts", "linear")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which weights are analog. rule: `experts` (routed and shared experts) or `linear` (every linear weight but
-    embeddings and lm_head); router: whether the routers are analog too."""
-
-    rule: str = "linear"
-    router: bool = True
-
-    def __post_init__(self):
-        if self.rule not in PLACEMENTS:
-            raise InputError(f"placement.rule: found {self.rule!r}, expected one of {', '.join(PLACEMENTS)}")
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """One parameter of a model: its name, shape, what it is, and whether it sits on analog arrays."""
-
-    parameter: str
-    shape: tuple[int, ...]
-    count: int
-    kind: str
-    analog: bool
-
-
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """What every parameter is, by name."""
-    output = model.get_output_embeddings()
-    found = {}
-    for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            if isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif module is output:
-                kind = "lm_head"
-            elif name in ("gate_up_proj", "down_proj"):
-                kind = "routed expert"
-            elif is_router(module):
-                kind = "router"
-            elif isinstance(module, nn.Linear) and name == "weight":
-                parts = path.split(".")
-                if any(p in ("shared_expert", "shared_experts") for p in parts):
-                    kind = "shared expert"
-                elif "shared_expert_gate" in parts:
-                    kind = "shared expert gate"
-                else:
-                    kind = "attention" if "self_attn" in parts else "dense mlp"
-            elif isinstance(module, nn.Linear):
-                kind = "bias"
-            elif "norm" in type(module).__name__.lower():
-                kind = "norm"
-            else:
-                raise InputError(
-                    f"placement: parameter {full} {tuple(module.get_parameter(name).shape)} of {type(module).__name__}"
-                    " is neither known as analog nor as digital"
-                )
-            found[full] = kind
-    return found
-
-
-_LINEAR_KINDS = {"attention", "dense mlp", "shared expert", "shared expert gate", "routed expert"}
-_EXPERT_KINDS = {"shared expert", "routed expert"}
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether the module is a top-k router as transformers 5 builds them: weight [E, H], returns logits, weights,
-    indices."""
-    return type(module).__name__.endswith("TopKRouter")
-
-
-def coverage(model: nn.Module, placement: Placement) -> list[Coverage]:
-    """Every parameter of the model, analog or digital. Raises InputError when one is unaccounted for or none is
-    analog."""
-    analog = set(_LINEAR_KINDS if placement.rule == "linear" else _EXPERT_KINDS) | (
-        {"router"} if placement.router else set()
-    )
-    kinds = _kinds(model)
-    rows = []
-    for name, p in model.named_parameters():  # a tied parameter once, under the name of its first use
-        rows.append(Coverage(name, tuple(p.shape), p.numel(), kinds[name], kinds[name] in analog))
-    if not any(r.analog and r.kind != "router" for r in rows):
-        raise InputError(f"placement.rule: {placement.rule!r} matches no weight of {type(model).__name__}")
-    return rows
+from romer.placement import Placement, coverage
 
 
 class Programmed:
     """The arrays of a programmed model: what was written where. Made by `program`, used by `rewrite_slots`."""
 
-    def __init__(self, noise: NoiseModel, realisation: int, clean: dict[str, torch.Tensor]):
-        self.noise, self.realisation, self.clean = noise, realisation, clean
+    def __init__(self, noise: NoiseModel, realisation: int, clean: dict[str, torch.Tensor], layout: Layout):
+        self.noise, self.realisation, self.clean, self.layout = noise, realisation, clean, layout
+        self.offsets: dict[str, torch.Tensor] = {}  # [out], or [E, out] of fused experts, where a correction has them
+
+    def realise(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the array `name` (a tensor or an expert slot) acts as with `weight` [out, in] written to it, and the
+        offset [out] of its correction."""
+        if self.layout.is_digital(name):
+            return weight, None
+        stored = realise(self.layout.encoding, self.noise, name, weight, self.realisation)
+        if self.layout.correction is None:
+            return stored, None
+        corrected, offset = self.layout.correction(name, weight, stored)
+        return corrected.to(weight.dtype), None if offset is None else offset.to(weight.dtype)
+
+    def write(self, name: str, into: torch.Tensor) -> None:
+        """Writes the clean weight of a whole tensor: what it acts as goes into `into`, offsets are noted."""
+        weight = self.clean[name]
+        if weight.dim() == 2:
+            acts, offset = self.realise(name, weight)
+            into.copy_(acts)
+            if offset is not None:
+                self.offsets[name] = offset
+            return
+        for slot, w in enumerate(weight):
+            self.write_slot(name, slot, w, into)
+
+    def write_slot(self, name: str, slot: int, weight: torch.Tensor, into: torch.Tensor) -> None:
+        """Writes an expert's weight to one slot of the fused tensor `name`."""
+        acts, offset = self.realise(slot_name(name, slot), weight)
+        into[slot] = acts
+        if offset is not None:
+            self.offsets.setdefault(name, torch.zeros(into.shape[:2], dtype=into.dtype, device=into.device))
+        if name in self.offsets:
+            self.offsets[name][slot] = 0 if offset is None else offset
 
 
 _PROGRAMMED: weakref.WeakKeyDictionary[nn.Module, Programmed] = weakref.WeakKeyDictionary()
@@ -121,22 +68,35 @@ _PROGRAMMED: weakref.WeakKeyDictionary[nn.Module, Programmed] = weakref.WeakKeyD
 @contextmanager
 @torch.no_grad()
 def program(
-    model: nn.Module, noise: NoiseModel, realisation: int = 0, placement: Placement | None = None
+    model: nn.Module,
+    noise: NoiseModel,
+    realisation: int = 0,
+    placement: Placement | None = None,
+    layout: Layout | None = None,
 ) -> Iterator[Programmed]:
     """Replaces the analog weights of `model` by one noisy realisation, in place, and restores them bitwise on exit.
 
-    Raises InputError when the model is programmed already.
+    Where the noise model has an ADC, or the placement the KV cache, the model's analog products run through
+    `romer.arrays` in between. Raises InputError when the model is programmed already, and under an ADC for a layout
+    with several arrays a weight or with corrections, because their converted partial sums are not simulated.
     """
     if model in _PROGRAMMED:
         raise InputError("program: the model is programmed already; leave the first context before entering a second")
-    analog = {row.parameter for row in coverage(model, placement or Placement()) if row.analog}
+    placement, layout = placement or Placement(), layout or Layout()
+    if noise.adc is not None and (layout.encoding.products != 1 or layout.correction is not None):
+        raise InputError("program: slices, copies and corrections under an ADC are not simulated; use them without one")
+    analog = {row.parameter for row in coverage(model, placement) if row.analog}
     clean = {name: p.detach().clone() for name, p in model.named_parameters() if name in analog}
-    _PROGRAMMED[model] = array = Programmed(noise, realisation, clean)
+    _PROGRAMMED[model] = array = Programmed(noise, realisation, clean, layout)
     try:
         for name in clean:
-            p = model.get_parameter(name)
-            p.copy_(noise.realise(name, p, realisation))
-        yield array
+            array.write(name, model.get_parameter(name))
+        with ExitStack() as stack:
+            if array.offsets:
+                stack.enter_context(offset(model, array.offsets))
+            if noise.adc is not None or placement.kv:
+                stack.enter_context(attach(model, noise, realisation, placement, layout=layout))
+            yield array
     finally:
         del _PROGRAMMED[model]
         for name, value in clean.items():
@@ -162,8 +122,12 @@ def rewrite_slots(model: nn.Module, copies: Mapping[str, Mapping[int, int]]) -> 
                 source = array.clean[name] if analog else p.detach().clone()
                 for slot, expert in slots.items():
                     before.append((p[slot], p[slot].clone()))
-                    value = source[expert]
-                    p[slot] = array.noise.realise(slot_name(name, slot), value, array.realisation) if analog else value
+                    if not analog:
+                        p[slot] = source[expert]
+                        continue
+                    if name in array.offsets:
+                        before.append((array.offsets[name][slot], array.offsets[name][slot].clone()))
+                    array.write_slot(name, slot, source[expert], p)
         yield
     finally:
         for view, value in reversed(before):

@@ -17,8 +17,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from romer.errors import InputError
-from romer.programming import is_router, rewrite_slots
+from romer.programming import rewrite_slots
 from romer.replacement import ReplacementPlan
+from romer.routers import moe_layers, select
 
 CALIBRATIONS = ("iqr", "shrink")
 DENSE_SHARE = 0.25  # from this k/E on, computing all experts in one product beats gathering the chosen ones
@@ -52,32 +53,6 @@ class RouterCalibration:
         lower = torch.arange(z.shape[-1], device=z.device) < z.shape[-1] // 2
         ordered = torch.where(lower, ordered + shift, ordered - shift)  # eq. 11
         return torch.empty_like(ordered).scatter_(-1, order, ordered)
-
-
-def moe_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The MoE blocks of a model in order: (path, block), each with `gate` (top-k router) and `experts` (fused tensors).
-
-    Raises InputError when there is none.
-    """
-    blocks = [
-        (path, m) for path, m in model.named_modules() if is_router(getattr(m, "gate", None)) and hasattr(m, "experts")
-    ]
-    if not blocks:
-        raise InputError(f"model: {type(model).__name__} has no mixture-of-experts layer with a top-k router")
-    for path, block in blocks:
-        if not hasattr(block.gate, "norm_topk_prob"):  # what `Rewrite` does is right for softmax routers that state it
-            raise InputError(f"model: router {path}.gate is a {type(block.gate).__name__}, which is not supported")
-    return blocks
-
-
-def select(logits: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, indices) [T, k] of the top k of softmax(logits), as transformers' top-k routers compute them.
-
-    Ties go to the lower index (`torch.topk` leaves them open; under eq. 8 all cold experts tie at zero).
-    """
-    ordered, order = F.softmax(logits, dim=-1, dtype=torch.float).sort(dim=-1, descending=True, stable=True)
-    weights, indices = ordered[:, :top_k], order[:, :top_k]
-    return (weights / weights.sum(-1, keepdim=True) if norm_topk_prob else weights), indices
 
 
 class Rewrite:
@@ -166,13 +141,18 @@ def analog_experts_forward(
     Where a large share of the experts is chosen, all are computed in one product and weighted (an expert that is not
     chosen has weight 0); otherwise transformers' grouped product gathers the chosen ones.
     """
+    if (site := getattr(self, "site", None)) is not None:  # converters at the edge of every array
+        return site.experts(self, hidden_states, top_k_index, top_k_weights)
     experts, hidden, inner = self.down_proj.shape
-    if top_k_index.shape[1] < DENSE_SHARE * experts:
+    first, second = (getattr(self, f"{name}_offset", None) for name in ("gate_up_proj", "down_proj"))  # of corrections
+    if top_k_index.shape[1] < DENSE_SHARE * experts and first is None and second is None:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     weight = top_k_weights.new_zeros(len(hidden_states), experts).scatter_add_(1, top_k_index, top_k_weights)  # [T, E]
-    gate_up = F.linear(hidden_states, self.gate_up_proj.flatten(0, 1)).unflatten(1, (experts, 2 * inner))
-    a = self._apply_gate(gate_up) * weight.to(hidden_states.dtype)[..., None]  # [T, E, I]
-    return F.linear(a.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, experts * inner))
+    weight = weight.to(hidden_states.dtype)
+    gate_up = F.linear(hidden_states, self.gate_up_proj.flatten(0, 1), first if first is None else first.flatten())
+    a = self._apply_gate(gate_up.unflatten(1, (experts, 2 * inner))) * weight[..., None]  # [T, E, I]
+    y = F.linear(a.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, experts * inner))
+    return y if second is None else y + weight @ second
 
 
 ALL_EXPERTS_FUNCTIONS.register("analog", analog_experts_forward)

@@ -71,6 +71,14 @@ def tiny(name: str, **changes):
     return model.eval().requires_grad_(False)
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that share the finished smoke run stay in one worker and start first: they take longest."""
+    for item in items:
+        if "smoke_results" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("smoke"))
+    items.sort(key=lambda item: "smoke_results" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def built():
     """The models, by name: made once, for reading and copying only."""

@@ -10,7 +10,7 @@ from romer.errors import InputError
 from romer.evaluate.perplexity import kl_divergence, log_probabilities
 from romer.noise import NoiseModel
 from romer.programming import program
-from romer.routing import moe_layers
+from romer.routers import moe_layers
 
 POWERS = (1.0, 1.5, 2.0, 3.0, 4.0)
 SIGMAS = (3e-4, 2e-3, 0.01, 0.0499, 0.05, 0.13, 0.6, 1.5)
@@ -86,7 +86,7 @@ def test_a_target_that_is_none_is_refused_before_anything_runs(target):
     "divergence, message",
     [
         (lambda s: [0.1 * (1 - math.exp(-(s**2)))], "cannot be met: at sigma_dev = 2 "),  # never that much
-        (lambda s: [1.0 + s], "cannot be met: at sigma_dev = 0.0"),  # never that little
+        (lambda s: [1.0 + s], "cannot be met: at sigma_dev = 1e-07"),  # never that little
         (lambda s: [0.01 if s < 0.07 else 3.0], "not met within 12 evaluations"),  # a jump across the target
         (lambda s: [math.nan, 0.1], "is nan, expected a finite number > 0"),
         (lambda s: [math.inf], "is inf, expected a finite number > 0"),

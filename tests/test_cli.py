@@ -35,9 +35,10 @@ def test_unknown_key_is_named():
     assert "no_such_key" in one_line(romer("text", "no_such_key=1"))
 
 
-def test_negative_sigma(tmp_path, smoke):
-    line = one_line(romer("evaluate", *smoke("deepseek", "80"), "method=vanilla", "noise.sigma_dev=-0.1"))
-    assert "sigma_dev" in line and "-0.1" in line
+@pytest.mark.parametrize("sigma", ["-0.1", "abc"])
+def test_sigma_that_is_none(smoke, sigma):
+    line = one_line(romer("evaluate", *smoke("deepseek", "80"), "method=vanilla", f"noise.sigma_dev={sigma}"))
+    assert "sigma_dev" in line and sigma in line
 
 
 def test_more_replaced_than_half(smoke):

@@ -12,14 +12,16 @@ from romer import methods
 from romer.errors import InputError
 from romer.evaluate.perplexity import perplexity
 from romer.evaluate.sweep import CLEAN, Point, points, sweep
-from romer.noise import NoiseModel
-from romer.programming import Placement, coverage, program
+from romer.noise import NoiseModel, slot_name
+from romer.placement import Placement, coverage
+from romer.programming import program
 from romer.replacement import ReplacementPlan
 from romer.routing import RouterCalibration, apply
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
 FITTED = methods.Fitted(torch.rand(2, 8, generator=torch.Generator().manual_seed(1)), n_replace=2, strength=0.1)
 WANTED = [("vanilla", {}), ("clean", {}), ("romer", {}), ("romer_calibration", {}), ("romer_replacement", {})]
+WANTED += [(name, {}) for name in ("average", "bit_slicing", "weight_remapping", "digital_router", "digital_experts")]
 NOISE, PLACEMENT = NoiseModel(0.1), Placement()
 
 
@@ -38,7 +40,7 @@ class Counting(NoiseModel):
 # The registry.
 
 
-@pytest.mark.parametrize("name", [name for name, _ in WANTED])
+@pytest.mark.parametrize("name", [*(name for name, _ in WANTED), "kb_calibration"])
 def test_every_method_has_a_configuration_that_it_accepts(name):
     method = methods.get(name)
     configured = yaml.safe_load((CONF / f"{name}.yaml").read_text())
@@ -49,7 +51,7 @@ def test_every_method_has_a_configuration_that_it_accepts(name):
     plan, calibration = method.routing(FITTED, options)
     assert (plan is not None) == (name in ("romer", "romer_replacement"))
     assert (calibration is not None) == (name in ("romer", "romer_calibration"))
-    assert method.noisy == (name != "clean") and method.cells == 1
+    assert method.noisy == (name != "clean")
 
 
 def test_what_is_not_given_comes_from_the_fit():
@@ -83,10 +85,12 @@ def test_options_are_complete_and_the_given_ones_are_left_alone():
             "method romer_replacement: unknown option 'n', expected n_replace, replacement",
         ),
         ("romer", {"lambda": 0.1}, "method romer: unknown option 'lambda'"),
-        ("romr", {}, "method: found 'romr', expected one of clean, romer,"),
+        ("romer", {"n_replace": 2.5}, "method romer: n_replace: found 2.5, expected int"),
+        ("romer", {"strength": "much"}, "method romer: strength: found 'much', expected float"),
+        ("romr", {}, "method: found 'romr', expected one of average, bit_slicing, clean,"),
     ],
 )
-def test_unknown_methods_and_options_are_refused_in_one_line(name, given, message):
+def test_unknown_methods_and_wrong_options_are_refused_in_one_line(name, given, message):
     with pytest.raises(InputError) as error:
         points(FITTED, [(name, given)], [0])
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -109,9 +113,11 @@ def test_each_realisation_is_programmed_once(olmoe):
     todo = points(FITTED, [("vanilla", {}), ("clean", {}), ("romer_calibration", {})], [1, 0])
     todo.sort(key=lambda p: p.method)  # realisations interleaved
     assert len(list(sweep(olmoe, todo, FITTED, noise, PLACEMENT, lambda: 0.0))) == 5
-    arrays = {row.parameter for row in coverage(olmoe, PLACEMENT) if row.analog}
-    whole = {key: n for key, n in noise.drawn.items() if "[" not in key[0]}  # without the slots of fused tensors
-    assert whole == {(name, r): 1 for name in arrays for r in (0, 1)}
+    arrays = set()
+    for row in (row for row in coverage(olmoe, PLACEMENT) if row.analog):
+        slots = range(row.shape[0] if len(row.shape) == 3 else 0)
+        arrays |= {slot_name(row.parameter, i) for i in slots} or {row.parameter}
+    assert noise.drawn == {(name, r): 1 for name in arrays for r in (0, 1)}
 
 
 def test_values_are_those_of_each_point_alone_on_the_same_noise(olmoe, ids, bits):
@@ -123,18 +129,21 @@ def test_values_are_those_of_each_point_alone_on_the_same_noise(olmoe, ids, bits
 
     found = {str(p): value for p, value in sweep(olmoe, todo, FITTED, NOISE, PLACEMENT, measure)}
     assert bits(olmoe) == before
-    assert len(found) == len(todo) == 9
+    assert len(found) == len(todo) == 19
     backwards = {str(p): v for p, v in sweep(olmoe, todo[::-1], FITTED, NOISE, PLACEMENT, measure)}
     assert backwards == found
     for point in todo:
-        plan, calibration = methods.get(point.method).routing(FITTED, point.options)
+        method = methods.get(point.method)
+        plan, calibration = method.routing(FITTED, point.options)
+        layout = method.layout(olmoe, FITTED, point.options)
         if point.realisation == CLEAN:
             alone = measure()
         else:
-            with program(olmoe, NOISE, point.realisation, PLACEMENT), apply(olmoe, plan, calibration):
+            at = method.placement(PLACEMENT)
+            with program(olmoe, NOISE, point.realisation, at, layout), apply(olmoe, plan, calibration):
                 alone = measure()
         assert found[str(point)] == alone
-    assert len(set(found.values())) == 9
+    assert len(set(found.values())) == 19
 
 
 def test_doing_nothing_equals_vanilla_on_the_same_realisation(olmoe, ids):

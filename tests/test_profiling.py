@@ -10,7 +10,8 @@ from romer.noise import NoiseModel
 from romer.profiling import Profile, profile
 from romer.programming import program
 from romer.replacement import ReplacementPlan
-from romer.routing import RouterCalibration, apply, moe_layers
+from romer.routers import moe_layers
+from romer.routing import RouterCalibration, apply
 
 
 def router_inputs(model, ids, window: int) -> list[torch.Tensor]:

@@ -8,8 +8,9 @@ from torch import nn
 
 from romer.errors import InputError
 from romer.noise import NoiseModel
-from romer.programming import Placement, coverage, program, rewrite_slots
-from romer.routing import moe_layers
+from romer.placement import Placement, coverage
+from romer.programming import program, rewrite_slots
+from romer.routers import moe_layers
 
 NOISE = NoiseModel(0.1)
 KINDS = {

@@ -11,7 +11,8 @@ from romer.noise import NoiseModel, slot_name
 from romer.profiling import profile
 from romer.programming import program
 from romer.replacement import ReplacementPlan
-from romer.routing import apply, moe_layers, split_over_copies
+from romer.routers import moe_layers
+from romer.routing import apply, split_over_copies
 
 ACTIVATION = torch.rand(3, 12, generator=torch.Generator().manual_seed(5))
 NOISE = NoiseModel(0.1)

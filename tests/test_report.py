@@ -178,6 +178,15 @@ def test_written_tables_hold_full_precision_and_readable_cells(tmp_path, headlin
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "table4.csv", "table4.md", "table4.tex"]
 
 
+def test_table1_is_printed_narrow_and_kept_whole(tmp_path, headline):
+    csv, md, tex = write(headline, tmp_path, "table1", "Table 1.")
+    assert {f"{m}.{c}" if m else c for m, c in headline.columns} == set(pd.read_csv(csv).columns)
+    heading = ["T (C)", "method", "measured", "draws", "recovered", "paper", "paper recovered", "cells"]
+    assert md.read_text().count("| " + " | ".join(heading) + " |\n") == 4
+    assert "| 25 | bit_slicing | 20.00 | 1 | 0.000 | 10.86 | 0.599 | 8 |" in md.read_text()
+    assert tex.read_text().count(" & ".join(heading)) == 4
+
+
 def test_nothing_is_printed_as_minus_zero(tmp_path):
     tiny = pd.DataFrame({"log_ratio": [-1e-5], "log_ratio_low": [-2e-3], "log_ratio_high": [-0.0]})
     assert "| 0.000 [-0.002, 0.000] |" in write(tiny, tmp_path, "tiny", "Tiny.")[1].read_text()
@@ -230,12 +239,38 @@ FITS = pd.DataFrame(
         | {"sigma_high": math.nan},
     ]
 )
+LAYERS = pd.DataFrame(
+    [
+        dict(chip=c, model=m, temperature_c=t, layer=layer, realisation=r, source=source)
+        | {"relative_error": scale * (1 + layer) * (8 + r) * t / 2**14}
+        for c, m, source, scale in (
+            ("table1", "olmoe", "noise model", 1),
+            ("table1", "qwen3", "noise model", 2),
+            ("rram_a", "olmoe", "noise model", 4),
+            ("rram_a", "qwen3", "noise model", 8),
+            ("rram_a", "qwen3", "chip", 9),
+        )
+        for t in (25.0, 80.0)
+        for layer in range(3)
+        for r in range(3)
+    ]
+)
+DRAWN = LAYERS["model"] == LAYERS["chip"].map({"table1": "olmoe", "rram_a": "qwen3"})
 LOAD = {c: np.random.default_rng(i).gamma(2.0, size=(4, 8)) for i, c in enumerate(("clean", "vanilla", "romer"))}
 COLD = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
 
 
-def draw_fig2(folder, curves=CURVES, fits=FITS):
-    return fig2_kl(curves, fits, folder)
+def draw_fig2(folder, curves=CURVES, fits=FITS, layers=LAYERS):
+    return fig2_kl(curves, fits, layers, folder)
+
+
+def fig2_bytes(folder, **changed):
+    return draw_fig2(folder, **changed)[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return fig2_bytes(tmp_path_factory.mktemp("base"))
 
 
 def draw_fig5(folder, load=LOAD, cold=COLD):
@@ -250,17 +285,76 @@ def test_the_same_figure_twice_is_the_same_bytes(tmp_path, draw):
     assert first[0].read_bytes().startswith(b"\x89PNG") and b"<svg" in first[1].read_bytes()
 
 
-def test_figures_show_their_data(tmp_path):
-    base = draw_fig2(tmp_path / "a")[1].read_bytes()
+def test_figures_show_their_data(tmp_path, base):
     r = CURVES["realisation"]
     spread = CURVES.assign(kl=CURVES["kl"] / (8 + r) * (9 + 4 * (r - 1)))  # the same means
-    assert draw_fig2(tmp_path / "b", curves=spread)[1].read_bytes() != base
-    assert draw_fig2(tmp_path / "b", curves=CURVES[CURVES["sigma_dev"] > 0])[1].read_bytes() == base
-    assert draw_fig2(tmp_path / "b", curves=CURVES[CURVES["temperature_c"] == 25])[1].read_bytes() == base
-    moved = FITS.assign(sigma_low=[0.03, math.nan])
-    assert draw_fig2(tmp_path / "b", fits=moved)[1].read_bytes() != base
+    assert fig2_bytes(tmp_path, curves=spread) != base
+    assert fig2_bytes(tmp_path, curves=CURVES[CURVES["sigma_dev"] > 0]) == base
+    assert fig2_bytes(tmp_path, curves=CURVES[CURVES["temperature_c"] == 25]) == base
+    assert fig2_bytes(tmp_path, fits=FITS.assign(sigma_low=[0.03, math.nan])) != base
     unmarked = draw_fig5(tmp_path / "b", cold=COLD[:, :0])
     assert draw_fig5(tmp_path / "a")[0].read_bytes() != unmarked[0].read_bytes()
+
+
+@pytest.mark.parametrize("chip, source", [("table1", "noise model"), ("rram_a", "noise model"), ("rram_a", "chip")])
+def test_every_line_of_layers_is_seen_with_its_spread(tmp_path, base, chip, source):
+    error, r = LAYERS["relative_error"], LAYERS["realisation"]
+    line = DRAWN & (LAYERS["chip"] == chip) & (LAYERS["source"] == source) & (LAYERS["temperature_c"] == 25)
+    higher = error.mask(line & (LAYERS["layer"] == 1), error * 1.125)
+    assert fig2_bytes(tmp_path, layers=LAYERS.assign(relative_error=higher)) != base
+    wider = error.mask(line, error * (9 + 4 * (r - 1)) / (8 + r))  # the same means
+    assert fig2_bytes(tmp_path, layers=LAYERS.assign(relative_error=wider)) != base
+    warmer = LAYERS["temperature_c"].mask(line, 45.0)
+    assert fig2_bytes(tmp_path, layers=LAYERS.assign(temperature_c=warmer)) != base
+    single = fig2_bytes(tmp_path, layers=LAYERS[~line | (r == 1)])  # the mean's realisation alone: no band
+    assert len({base, single, fig2_bytes(tmp_path, layers=LAYERS[~line])}) == 3
+
+
+def test_layers_are_those_of_the_model_that_the_chip_was_simulated_with_or_of_the_first(tmp_path, base):
+    assert fig2_bytes(tmp_path, layers=LAYERS[DRAWN]) == base
+    assert fig2_bytes(tmp_path, layers=LAYERS[::-1].sort_values("model", kind="stable")) == base
+    assert fig2_bytes(tmp_path, layers=LAYERS[::-1]) != base  # qwen3 is the first, then
+    nowhere = LAYERS[LAYERS["source"] == "noise model"]
+    first = nowhere[nowhere["model"] == "olmoe"]
+    assert fig2_bytes(tmp_path, layers=nowhere) == fig2_bytes(tmp_path, layers=first) != base
+
+
+def test_a_source_is_not_mistaken_for_the_other(tmp_path, base):
+    swapped = LAYERS["source"].map({"chip": "noise model", "noise model": "chip"})
+    there = DRAWN & (LAYERS["chip"] == "rram_a")
+    layers = LAYERS.assign(source=LAYERS["source"].mask(there, swapped))
+    assert fig2_bytes(tmp_path, layers=layers) != base
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top", [0.0, 0.5, 5000.0])
+def test_layers_without_error_can_be_drawn(tmp_path, base, top):
+    error = LAYERS["relative_error"].mask(LAYERS["layer"] == 2, top).mask(LAYERS["layer"] == 0, 0.0)
+    assert fig2_bytes(tmp_path, layers=LAYERS.assign(relative_error=error)) != base
+
+
+def test_the_distance_of_chip_and_noise_model_is_printed_where_it_is_known(tmp_path, base):
+    fits = pd.concat([FITS, FITS.assign(model=["qwen3", "olmoe"])])  # shown: olmoe on table1, qwen3 on rram_a
+    unknown = fig2_bytes(tmp_path, fits=fits.assign(kl_chip_model=[None, math.inf, 0.1, math.nan]))
+    assert unknown == fig2_bytes(tmp_path, fits=fits)
+    printed = {fig2_bytes(tmp_path, fits=FITS.assign(kl_chip_model=v)) for v in ([None, 0.012], [0.012, None])}
+    assert len(printed | {base}) == 3
+    twice = pd.concat([FITS, FITS.assign(temperature_c=FITS["temperature_c"] + 5)])
+    ranges = ([0.1, 0.2], [0.2, 0.1], [0.1, 0.3], [0.2, math.nan])
+    texts = [fig2_bytes(tmp_path, fits=twice.assign(kl_chip_model=[a, 0.5, b, 0.5])) for a, b in ranges]
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_fig2_puts_three_chips_in_a_row(tmp_path):
+    def size(count):
+        chips = [
+            [f[f["model"] == "olmoe"].assign(chip=f"chip{i}") for i in range(count)] for f in (CURVES, FITS, LAYERS)
+        ]
+        png = fig2_kl(*map(pd.concat, chips), tmp_path)[0].read_bytes()
+        return tuple(int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # width, height
+
+    (narrow, low), (wide, same), (as_wide, high) = size(1), size(3), size(7)
+    assert narrow < wide == as_wide and low == same and high == 3 * low
 
 
 def test_heatmaps_show_shares_so_that_a_layers_total_is_no_matter(tmp_path):
@@ -284,8 +378,27 @@ def test_heatmaps_refuse_what_cannot_be_drawn(tmp_path, load, cold, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_without_a_column_or_rows_are_refused(tmp_path):
-    with pytest.raises(InputError, match="curves: column kl is missing"):
-        draw_fig2(tmp_path, curves=CURVES.drop(columns="kl"))
-    with pytest.raises(InputError, match="fits: found no rows"):
-        draw_fig2(tmp_path, fits=FITS.head(0))
+@pytest.mark.parametrize("name, frame", [("curves", CURVES), ("fits", FITS), ("layers", LAYERS)])
+def test_fig2_needs_every_column_and_a_row(tmp_path, name, frame):
+    for column in frame.columns:
+        with pytest.raises(InputError, match=f"{name}: column {column} is missing"):
+            draw_fig2(tmp_path, **{name: frame.drop(columns=column)})
+    with pytest.raises(InputError, match=f"{name}: found no rows"):
+        draw_fig2(tmp_path, **{name: frame.head(0)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        (LAYERS[LAYERS["chip"] == "table1"], "found no rows of chip rram_a"),
+        (LAYERS.assign(source="cell"), "found source cell, expected noise model or chip"),
+        (LAYERS.assign(relative_error=-0.1), "expected finite numbers >= 0"),
+        (LAYERS.assign(relative_error=math.nan), "expected finite numbers >= 0"),
+        (LAYERS.assign(relative_error=math.inf), "expected finite numbers >= 0"),
+    ],
+)
+def test_fig2_refuses_layers_that_cannot_be_drawn(tmp_path, layers, message):
+    with pytest.raises(InputError, match=message):
+        draw_fig2(tmp_path, layers=layers)
+    assert not list(tmp_path.iterdir())

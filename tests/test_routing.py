@@ -13,7 +13,8 @@ from romer.noise import NoiseModel
 from romer.profiling import profile
 from romer.programming import program
 from romer.replacement import ReplacementPlan
-from romer.routing import RouterCalibration, apply, moe_layers, select, split_over_copies
+from romer.routers import moe_layers, select
+from romer.routing import RouterCalibration, apply, split_over_copies
 
 STRENGTHS = [0.05, 0.1, 0.2]
 

@@ -7,7 +7,6 @@ Points that differ only in routing share the programmed arrays: the same realisa
 method, so methods are compared in pairs.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -18,7 +17,8 @@ from torch import nn
 from romer import methods
 from romer.errors import InputError
 from romer.noise import NoiseModel
-from romer.programming import Placement, program
+from romer.placement import Placement
+from romer.programming import program
 from romer.routing import apply
 
 CLEAN = -1  # the realisation of a point without noise
@@ -59,12 +59,16 @@ def sweep(
 ) -> Iterator[tuple[Point, float]]:
     """(point, measure()) for every point, with the arrays programmed and the routing rewritten as the point says.
 
-    Raises InputError, naming the point, when its value is not finite.
+    Points on the same realisation, placement and layout share one programming. Raises InputError, naming the point,
+    when its value is not finite.
     """
-    ordered = sorted(todo, key=lambda p: p.realisation)
-    for realisation, group in itertools.groupby(ordered, key=lambda p: p.realisation):
-        programmed = nullcontext() if realisation == CLEAN else program(model, noise, realisation, placement)
-        with programmed:
+    groups: dict[tuple, list[Point]] = {}
+    for point in sorted(todo, key=lambda p: p.realisation):
+        method = methods.get(point.method)
+        how = (method.placement(placement), method.layout(model, fitted, point.options)) if method.noisy else ()
+        groups.setdefault((point.realisation, *how), []).append(point)
+    for (realisation, *how), group in groups.items():
+        with program(model, noise, realisation, *how) if how else nullcontext():
             for point in group:
                 plan, calibration = methods.get(point.method).routing(fitted, point.options)
                 with apply(model, plan, calibration):

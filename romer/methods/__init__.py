@@ -10,11 +10,15 @@ A new method is a new file here that calls `register`, and a file of the same na
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from romer.encoding import Layout
 from romer.errors import InputError
+from romer.moments import Moments
+from romer.placement import Placement
 from romer.replacement import ReplacementPlan
 from romer.routing import RouterCalibration
 
@@ -23,12 +27,15 @@ from romer.routing import RouterCalibration
 class Fitted:
     """What was learned about a model at an operating point, on calibration text.
 
-    activation [L, E]: eq. 6; n_replace, strength: the n of replacement and the λ of calibration chosen there.
+    activation [L, E]: eq. 6; n_replace, strength: the n of replacement and the λ of calibration chosen there; counts
+    [L, E]: tokens that chose the expert; moments: of every array's inputs, by name, for methods that learn from them.
     """
 
     activation: torch.Tensor
     n_replace: int
     strength: float
+    counts: torch.Tensor | None = None
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
 Routing = tuple[ReplacementPlan | None, RouterCalibration | None]
@@ -36,22 +43,33 @@ Routing = tuple[ReplacementPlan | None, RouterCalibration | None]
 
 @dataclass(frozen=True)
 class Method:
-    """name; noisy: whether the arrays are; cells: multiple of the plain layout; defaults: options that a caller
-    leaves out, from what was fitted; routing: the replacement plan and router calibration for complete options."""
+    """What a row of the tables is.
+
+    noisy: whether the arrays are. For complete options: defaults, those that a caller leaves out, from what was fitted;
+    routing, the replacement plan and router calibration; layout, how the model's weights sit on arrays; placement, what
+    it makes of the run's placement. learns: whether the layout needs `Fitted.moments`.
+    """
 
     name: str
-    noisy: bool
-    cells: float
-    defaults: Callable[[Fitted], dict]
-    routing: Callable[[Fitted, Mapping], Routing]
+    noisy: bool = True
+    defaults: Callable[[Fitted], dict] = lambda fitted: {}
+    routing: Callable[[Fitted, Mapping], Routing] = lambda fitted, options: (None, None)
+    layout: Callable[[nn.Module, Fitted, Mapping], Layout] = lambda model, fitted, options: Layout()
+    placement: Callable[[Placement], Placement] = lambda placement: placement
+    learns: bool = False
 
     def options(self, fitted: Fitted, given: Mapping) -> dict:
-        """All options of a point: the given ones, the rest from what was fitted. Raises InputError for unknown ones."""
+        """All options of a point: the given ones, the rest from what was fitted. Raises InputError for unknown ones
+        and for values of another type than the fitted ones (an int serves as a float)."""
         known = self.defaults(fitted)
         if unknown := sorted(set(given) - set(known)):
             raise InputError(
                 f"method {self.name}: unknown option {unknown[0]!r}, expected {', '.join(known) or 'none'}"
             )
+        for name, value in given.items():
+            kind = type(known[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise InputError(f"method {self.name}: {name}: found {value!r}, expected {kind.__name__}")
         return known | dict(given)
 
 

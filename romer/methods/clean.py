@@ -2,6 +2,4 @@
 
 from romer.methods import Method, register
 
-register(
-    Method("clean", noisy=False, cells=1.0, defaults=lambda fitted: {}, routing=lambda fitted, options: (None, None))
-)
+register(Method("clean", noisy=False))

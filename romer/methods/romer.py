@@ -5,8 +5,6 @@ from romer.methods import Method, register, romer_calibration, romer_replacement
 register(
     Method(
         "romer",
-        noisy=True,
-        cells=1.0,
         defaults=lambda fitted: romer_replacement.defaults(fitted) | romer_calibration.defaults(fitted),
         routing=lambda fitted, o: (romer_replacement.plan(fitted, o), romer_calibration.calibration(o)),
     )

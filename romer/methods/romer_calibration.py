@@ -14,8 +14,4 @@ def defaults(fitted: Fitted) -> dict:
     return {"strength": fitted.strength, "calibration": "iqr"}
 
 
-register(
-    Method(
-        "romer_calibration", noisy=True, cells=1.0, defaults=defaults, routing=lambda fitted, o: (None, calibration(o))
-    )
-)
+register(Method("romer_calibration", defaults=defaults, routing=lambda fitted, o: (None, calibration(o))))

@@ -14,8 +14,4 @@ def defaults(fitted: Fitted) -> dict:
     return {"n_replace": fitted.n_replace, "replacement": "split"}
 
 
-register(
-    Method(
-        "romer_replacement", noisy=True, cells=1.0, defaults=defaults, routing=lambda fitted, o: (plan(fitted, o), None)
-    )
-)
+register(Method("romer_replacement", defaults=defaults, routing=lambda fitted, o: (plan(fitted, o), None)))

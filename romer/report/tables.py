@@ -1,7 +1,7 @@
-"""Tables 1 and 4 from long-format result rows, measured beside published, as CSV, Markdown and LaTeX.
+"""Tables 1 and 4 from long-format result rows, measured beside published.
 
     table = table1(records, published.load("table1"))
-    write(table, "results/tables", "table1", caption("Table 1.", records, "table1", "the held-out Wikipedia text"))
+    write(table, "results/tables", "table1", caption(records, "Table 1.", "table1", "the held-out Wikipedia text"))
 
 A stand-in's perplexity is not the paper's, so every row also gives what can be compared: ln(ppl / ppl_clean) and the
 recovered fraction. What was not measured stays empty. `records` is a DataFrame with the columns of RECORD; clean rows
@@ -9,16 +9,16 @@ have realisation -1 and hold for every temperature.
 """
 
 import json
-import re
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from romer.errors import InputError
+from romer.report.printing import BOUNDS, write
 from romer.statistics import CONFIDENCE, RESAMPLES, mean_interval, recovered_fraction
-from romer.store import write_atomic
+
+__all__ = ["caption", "measured", "only", "options_of", "perplexities", "table1", "table4", "table4_map", "write"]
 
 RECORD = tuple("model chip temperature_c method options task metric realisation value tokens cells".split())
 # The methods of the ablation, and the options that each must state.
@@ -31,30 +31,18 @@ NO_OPERATION = ("replacement_n", "", 0.0)
 METRIC = "token_perplexity"
 TASK = {"table1": "ppl:heldout", "table4": "ppl:ablation"}
 STAND_IN = "the models are embedded stand-ins of the same architecture, not the paper's checkpoints"
-SPREAD = {q: (f"{q}_low", f"{q}_high") for q in ("log_ratio", "recovered")} | {"mean": ("low", "high")}
-NOTHING = dict.fromkeys(("mean", *SPREAD["mean"]), np.nan) | {"realisations": 0}
-NOTHING |= dict.fromkeys(("log_ratio", *SPREAD["log_ratio"], "recovered", *SPREAD["recovered"]), np.nan) | {"pairs": 0}
+NOTHING = dict.fromkeys(("mean", *BOUNDS["mean"]), np.nan) | {"realisations": 0}
+NOTHING |= dict.fromkeys(("log_ratio", *BOUNDS["log_ratio"], "recovered", *BOUNDS["recovered"]), np.nan) | {"pairs": 0}
 PAPER = ("published", "published_log_ratio", "published_recovered")
-HEADING = {
-    "temperature_c": "T (C)",
-    "mean": "measured",
-    "realisations": "draws",
-    "log_ratio": "ln(ppl/clean)",
-    "published": "paper",
-    "published_log_ratio": "paper ln(ppl/clean)",
-    "published_recovered": "paper recovered",
-}
-DECIMALS = {"mean": 2, "published": 2}  # as the paper prints perplexity; everything else in three
-WHOLE = ("realisations", "pairs", "tokens")
-SHORTEST = ("temperature_c", "value", "cells")
 
 
-def _rows(records: pd.DataFrame, chip: str) -> pd.DataFrame:
-    """The perplexity rows of one table, checked."""
+def perplexities(records: pd.DataFrame, task: str, chip: str | None = None) -> pd.DataFrame:
+    """The perplexity rows of a task, on one chip or on all. Raises InputError for a missing column or a bad value."""
     missing = [c for c in RECORD if c not in records.columns]
     if missing:
         raise InputError(f"records: column {missing[0]} is missing, expected {', '.join(RECORD)}")
-    rows = records[(records["chip"] == chip) & (records["task"] == TASK[chip]) & (records["metric"] == METRIC)]
+    rows = records[(records["task"] == task) & (records["metric"] == METRIC)]
+    rows = rows if chip is None else rows[rows["chip"] == chip]
     bad = rows[~(np.isfinite(rows["value"].astype(float)) & (rows["value"] > 0))]
     if len(bad):
         where = "{model}, {method} at {temperature_c} C, realisation {realisation}".format(**bad.iloc[0])
@@ -62,7 +50,7 @@ def _rows(records: pd.DataFrame, chip: str) -> pd.DataFrame:
     return rows
 
 
-def _only(rows: pd.DataFrame, column: str, what: str):
+def only(rows: pd.DataFrame, column: str, what: str):
     """The one value that a column has; a mean over different texts, layouts or settings would mean nothing."""
     if len(values := rows[column].unique()) != 1:
         raise InputError(f"records: {what} has {column} {', '.join(map(str, values))}, expected a single one")
@@ -77,10 +65,13 @@ def _clean(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     return clean.head(1)
 
 
-def _measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, what: str) -> dict:
+def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, what: str) -> dict:
     """One cell group: mean and interval of perplexity, of ln(ppl/clean) and of the recovered fraction.
 
-    The recovered fraction is formed within each realisation that vanilla has too (`pairs` of them), then averaged.
+    rows: one setting, a row per realisation; vanilla: the rows that the recovered fraction refers to; clean: a row or
+    none; what: names the cell in errors. The recovered fraction is formed within each realisation that vanilla has too
+    (`pairs` of them), then averaged. Raises InputError for a realisation that is there twice, or several options, token
+    counts or cells.
     """
     cell = dict(NOTHING) | {"tokens": None, "cells": np.nan}
     if rows.empty:
@@ -88,19 +79,18 @@ def _measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wh
     if rows["realisation"].duplicated().any():
         twice = rows.loc[rows["realisation"].duplicated(), "realisation"].iloc[0]
         raise InputError(f"records: {what} has realisation {twice} more than once, expected one row each")
-    _only(rows, "options", what)
-    cell["tokens"], cell["cells"] = int(_only(rows, "tokens", what)), float(_only(rows, "cells", what))
+    only(rows, "options", what)
+    cell["tokens"], cell["cells"] = int(only(rows, "tokens", what)), float(only(rows, "cells", what))
     cell["mean"], cell["low"], cell["high"] = mean_interval(rows["value"])
-    noisy = rows["method"].iloc[0] != "clean"
-    cell["realisations"] = len(rows) if noisy else 0
+    cell["realisations"] = int((rows["realisation"] >= 0).sum())
     if clean.empty:
         return cell
-    _only(pd.concat([rows, clean]), "tokens", f"{what}, with its clean row,")
+    only(pd.concat([rows, clean]), "tokens", f"{what}, with its clean row,")
     base = clean["value"].iloc[0]
     cell["log_ratio"], cell["log_ratio_low"], cell["log_ratio_high"] = mean_interval(np.log(rows["value"] / base))
     pairs = rows.merge(vanilla, on="realisation", suffixes=("", "_vanilla"))
     fractions = recovered_fraction(base, pairs["value_vanilla"], pairs["value"])
-    if noisy and len(pairs) and np.isfinite(fractions).all():
+    if cell["realisations"] and len(pairs) and np.isfinite(fractions).all():
         cell["recovered"], cell["recovered_low"], cell["recovered_high"] = mean_interval(fractions)
         cell["pairs"] = len(pairs)
     return cell
@@ -123,7 +113,7 @@ def table1(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     `published_log_ratio`, `published_recovered`. A pair that only one side has is empty on the other. Raises InputError
     when a cell has several settings (options), token counts, or two rows for a realisation.
     """
-    rows = _rows(records, "table1")
+    rows = perplexities(records, TASK["table1"], "table1")
     models = [c for c in published.columns if c not in ("temperature", "method")]
     models += sorted(set(rows["model"]) - set(models))
     printed = published.set_index(["temperature", "method"]).to_dict("index")
@@ -138,7 +128,7 @@ def table1(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 clean, here = _clean(rows, model), at[at["model"] == model]
                 chosen = clean if method == "clean" else here[here["method"] == method]
                 what = f"{model}, {method} at {t:g} C"
-                cell = _measured(chosen, here[here["method"] == "vanilla"], clean, what)
+                cell = measured(chosen, here[here["method"] == "vanilla"], clean, what)
                 cell |= _printed(*(printed.get((t, m), {}).get(model) for m in ("clean", "vanilla", method)))
                 line |= {(model, key): value for key, value in cell.items()}
             if any(pd.notna(line[m, c]) for m in models for c in ("mean", "published")):
@@ -147,22 +137,34 @@ def table1(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     return frame.astype({(m, "tokens"): "Int64" for m in models})
 
 
-def _ablated(row) -> tuple[str, str, float] | None:
-    """(component, variant, value) of one record of a method, or None where both components act at once."""
+def options_of(row) -> dict:
+    """The options of a record. Raises InputError where they are not JSON."""
     try:
-        options = json.loads(row.options or "{}")
+        return json.loads(row.options or "{}")
     except ValueError:
         raise InputError(f"records: options {row.options!r} of {row.method} is not JSON") from None
+
+
+def _settings(row) -> tuple[float, float, str, str]:
+    """(n, strength, replacement, calibration) of one record of a method of the ablation: 0 and "" where not used."""
+    options = options_of(row)
     for key in COMPONENTS[row.method]:
         if key not in options:
             raise InputError(f"records: options {row.options!r} of {row.method} lacks {key}")
     acts = {key: round(float(options[key]), 6) for key in COMPONENTS[row.method]}  # others have no effect there
     n, strength = acts.get("n_replace", 0.0), acts.get("strength", 0.0)
+    variants = (str(options.get(key, "")) if on else "" for key, on in (("replacement", n), ("calibration", strength)))
+    return n, strength, *variants
+
+
+def _ablated(row) -> tuple[str, str, float] | None:
+    """(component, variant, value) of one record of a method, or None where both components act at once."""
+    n, strength, replacement, calibration = _settings(row)
     if n and strength:
         return None
     if strength:
-        return "calibration_lambda", str(options.get("calibration", "")), strength
-    return ("replacement_n", str(options.get("replacement", "")), n) if n else NO_OPERATION
+        return "calibration_lambda", calibration, strength
+    return ("replacement_n", replacement, n) if n else NO_OPERATION
 
 
 def table4(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +176,7 @@ def table4(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     Returns one row per (temperature_c, component, variant, value) and the clean one, with the columns that `table1` has
     per model. Raises InputError as `table1` does, and for options that cannot be read.
     """
-    rows = _rows(records, "table4")
+    rows = perplexities(records, TASK["table4"], "table4")
     rows = rows[(rows["model"] == "qwen3") & rows["method"].isin(("clean", "vanilla", *COMPONENTS))]
     clean = _clean(rows, "qwen3")
     noisy = rows[rows["method"].isin(COMPONENTS)]
@@ -183,7 +185,7 @@ def table4(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     paper_clean = published.loc[published["component"] == "clean", "wikitext2_ppl"].iloc[0]
     table = [
         {"temperature_c": np.nan, "component": "clean", "variant": "", "value": np.nan}
-        | _measured(clean, clean.head(0), clean, "clean qwen3")
+        | measured(clean, clean.head(0), clean, "clean qwen3")
         | _printed(paper_clean, None, paper_clean)
     ]
     grid = {(r.component, float(r.value)) for r in published.itertuples() if r.component != "clean"}
@@ -203,8 +205,50 @@ def table4(records: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 printed = (paper_clean, *(paper.get((f"{t:g}", component, v)) for v in (0, value)))
                 line = {"temperature_c": t, "component": component, "variant": variant, "value": value}
                 what = f"qwen3, {component} {value:g} at {t:g} C"
-                table.append(line | _measured(chosen, vanilla, clean, what) | _printed(*printed))
+                table.append(line | measured(chosen, vanilla, clean, what) | _printed(*printed))
     return pd.DataFrame(table).astype({"tokens": "Int64"})
+
+
+def table4_map(
+    records: pd.DataFrame, published: pd.DataFrame, variants: tuple[str, str] = ("split", "iqr")
+) -> pd.DataFrame:
+    """Perplexity of qwen3 over n and λ together: what the paper's table 4 shows along its two axes only.
+
+    records, published: as `table4` has them. variants: the replacement and the calibration that act. Cells with n = 0
+    or λ = 0 are the components' own rows, that with both is vanilla. Returns one row per (temperature_c, n_replace,
+    strength) at the temperatures where both were measured together, with the columns that `table1` has per model;
+    all its cells are means over the same realisations, those that every cell of the temperature has. Empty where
+    nothing was measured jointly. Raises InputError as `table4` does, and where the cells share no realisation.
+    """
+    rows = perplexities(records, TASK["table4"], "table4")
+    rows = rows[rows["model"] == "qwen3"]
+    clean, rows = _clean(rows, "qwen3"), rows[rows["method"].isin(("vanilla", *COMPONENTS))]
+    cells: dict[tuple, list] = {}
+    for index, row in zip(rows.index, rows.itertuples(), strict=True):
+        n, strength, *used = (0.0, 0.0, "", "") if row.method == "vanilla" else _settings(row)
+        alone = row.method == "vanilla" or (n and strength) or (row.method != "romer" and (n or strength))
+        if alone and all(a in ("", b) for a, b in zip(used, variants, strict=True)):
+            cells.setdefault((float(row.temperature_c), n, strength), []).append(index)
+    paper = {(r.temperature, r.component, r.value): r.wikitext2_ppl for r in published.itertuples()}
+    paper_clean = published.loc[published["component"] == "clean", "wikitext2_ppl"].iloc[0]
+    table = []
+    for t in sorted({t for t, n, strength in cells if n and strength}):
+        at = {point: rows.loc[index] for point, index in sorted(cells.items()) if point[0] == t}
+        shared = set.intersection(*(set(here["realisation"]) for here in at.values()))
+        if not shared:
+            raise InputError(
+                f"records: the cells of qwen3's n and λ at {t:g} C share no realisation, expected at least one"
+            )
+        at = {point: here[here["realisation"].isin(shared)] for point, here in at.items()}
+        vanilla = at.get((t, 0.0, 0.0), rows.head(0))
+        for (_, n, strength), here in at.items():
+            axis = ("replacement_n", n) if not strength else ("calibration_lambda", strength)
+            printed = None if n and strength else paper.get((f"{t:g}", *axis))
+            line = {"temperature_c": t, "n_replace": n, "strength": strength}
+            line |= measured(here, vanilla, clean, f"qwen3, n {n:g} and λ {strength:g} at {t:g} C")
+            table.append(line | _printed(paper_clean, paper.get((f"{t:g}", "replacement_n", 0)), printed))
+    columns = ["temperature_c", "n_replace", "strength", *NOTHING, "tokens", "cells", *PAPER]
+    return pd.DataFrame(table, columns=columns).astype({"tokens": "Int64"})
 
 
 def caption(records: pd.DataFrame, title: str, chip: str, text: str, checkpoint: str = STAND_IN) -> str:
@@ -212,7 +256,7 @@ def caption(records: pd.DataFrame, title: str, chip: str, text: str, checkpoint:
 
     chip: table1 or table4; text: the name of the evaluation text; checkpoint: a clause that says what the models are.
     """
-    rows = _rows(records, chip)
+    rows = perplexities(records, TASK[chip], chip)
     drawn = rows[rows["method"] != "clean"]
     draws = drawn.groupby(["model", "temperature_c", "method", "options"])["realisation"].nunique()
     return (
@@ -228,70 +272,3 @@ def _span(counts: pd.Series) -> str:
         return "no"
     low, high = int(counts.min()), int(counts.max())
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _text(value, key: str) -> str:
-    """A value as the printed tables show it."""
-    if pd.isna(value):
-        return ""
-    if isinstance(value, str):
-        return value
-    if key in WHOLE:
-        return str(int(value))
-    decimals = DECIMALS.get(key, 3)
-    return f"{value:g}" if key in SHORTEST else f"{round(value, decimals) + 0.0:.{decimals}f}"  # + 0.0: no -0.000
-
-
-def _printable(table: pd.DataFrame) -> list[list[str]]:
-    """Header and lines of text: intervals join their number in brackets, headings are the printed ones."""
-    hidden = {bound for bounds in SPREAD.values() for bound in bounds}
-    keys = [c for c in table.columns if c not in hidden]
-    lines = [[HEADING.get(key, key) for key in keys]]
-    for _, row in table.iterrows():
-        line = []
-        for key in keys:
-            cell = _text(row[key], key)
-            if key in SPREAD and pd.notna(row[SPREAD[key][0]]):
-                cell += " [{}, {}]".format(*(_text(row[bound], key) for bound in SPREAD[key]))
-            line.append(cell)
-        lines.append(line)
-    return lines
-
-
-def _escape(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return re.sub(r"[\\~^&%$#_{}]", lambda m: special.get(m[0], "\\" + m[0]), text)
-
-
-def _latex(lines: list[list[str]], caption: str, label: str) -> str:
-    """A booktabs table, scaled to the page's width (packages booktabs and graphicx)."""
-    body = [" & ".join(map(_escape, line)) + r" \\" for line in lines]
-    top = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(caption)}}}", rf"\label{{tab:{label}}}"]
-    top += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(lines[0])}}}", r"\toprule", body[0]]
-    return "\n".join([*top, r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""])
-
-
-def write(table: pd.DataFrame, folder: str | Path, name: str, caption: str) -> list[Path]:
-    """Write `name`.csv (full precision), `name`.md and `name`.tex, each atomically; returns their paths.
-
-    A table with two column levels becomes one CSV with columns `model.quantity`, and one printed table per model.
-    """
-    if table.columns.nlevels == 2:
-        flat = table.set_axis([f"{a}.{b}" if a else b for a, b in table.columns], axis=1)
-        models = [m for m in table.columns.get_level_values(0).unique() if m]
-        blocks = {m: table[["", m]].droplevel(0, axis=1) for m in models}
-    else:
-        flat, blocks = table, {"": table}
-    markdown, latex = [f"{caption}\n"], []
-    for model, block in blocks.items():
-        lines = _printable(block)
-        if model:
-            markdown.append(f"### {model}\n")
-        markdown += ["| " + " | ".join(lines[0]) + " |", "| --- " * len(lines[0]) + "|"]
-        markdown += ["| " + " | ".join(line) + " |" for line in lines[1:]] + [""]
-        title = f"{caption} Model: {model}." if model else caption
-        latex.append(_latex(lines, title, f"{name}-{model}" if model else name))
-    texts = {"csv": flat.to_csv(index=False), "md": "\n".join(markdown), "tex": "\n".join(latex)}
-    for kind, text in texts.items():
-        write_atomic(Path(folder) / f"{name}.{kind}", text)
-    return [Path(folder) / f"{name}.{kind}" for kind in texts]

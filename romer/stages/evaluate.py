@@ -5,16 +5,18 @@ romer evaluate -m model=olmoe,qwen3 temperature=25,80 method=vanilla,romer
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
 
 from romer import perplexity
+from romer.cost import cost
 from romer.evaluate.perplexity import predicted
-from romer.evaluate.sweep import points, sweep
-from romer.methods import get
+from romer.evaluate.sweep import Point, points, sweep
+from romer.methods import Fitted, get
 from romer.stages import plan
 from romer.stages.job import Job, application
 from romer.store import canonical_json, sha256
@@ -22,15 +24,15 @@ from romer.tracking import Run
 
 
 def measure(
-    job: Job, wanted: Callable[[nn.Module], list[tuple[str, dict]]], task: str, tokens: int
+    job: Job, names: Iterable[str], wanted: Callable[[nn.Module, Fitted], list[Point]], task: str, tokens: int
 ) -> tuple[pd.DataFrame, Callable[[Path | None], None]]:
-    """(records, publish): every (method, options) wanted of the model on every realisation; resumes a killed run.
+    """(records, publish): the points wanted of the methods `names`; resumes a killed run.
 
-    publish(folder) writes records.parquet and coverage.csv and forgets the finished points.
+    publish(folder) writes records.parquet, cost.csv and coverage.csv and forgets the finished points.
     """
     cfg = job.cfg
     model, tokenizer = job.load()
-    noise, fitted = job.noise(), plan.read(job)
+    noise, fitted = job.noise(), plan.read(job, model, tokenizer, names)
     ids = job.ids(tokenizer, "evaluation", tokens)
     context = {"task": task, "tokens": tokens}
 
@@ -44,33 +46,53 @@ def measure(
             lambda: perplexity(model, ids, cfg.profile.window, cfg.profile.batch),
         )
 
-    todo = points(fitted, wanted(model), range(cfg.profile.realisations))
+    todo = wanted(model, fitted)
+    settings = {(p.method, *sorted(p.options.items())): p for p in todo}  # one point of each, whatever its realisation
+    costs = {key: cost(get(p.method), model, job.placement, fitted, p.options) for key, p in settings.items()}
     rows = [
-        {
-            "model": cfg.model.name,
-            "chip": cfg.chip.name,
-            "temperature_c": float(cfg.temperature.celsius),
-            "method": p.method,
-            "options": json.dumps(p.options, sort_keys=True),
-            "task": task,
-            "metric": "token_perplexity",
-            "realisation": p.realisation,
-            "value": value,
-            "tokens": predicted(tokens, cfg.profile.window),
-            "cells": get(p.method).cells,
-            "run_id": run_id,
-        }
+        record(job, p.method, p.options, task, p.realisation, value, run_id)
+        | {"cells": costs[p.method, *sorted(p.options.items())].cells, "tokens": predicted(tokens, cfg.profile.window)}
         for p, value, run_id in job.resumed(todo, context, compute)
     ]
-    records = pd.DataFrame(rows).sort_values(["method", "options", "realisation"]).reset_index(drop=True)
+    records = in_order(rows)
 
     def publish(folder: Path | None) -> None:
         with job.write(folder) as scratch:
             records.to_parquet(scratch / "records.parquet", index=False)
+            lines = [
+                {"method": name, "options": json.dumps(dict(options), sort_keys=True), **asdict(found)}
+                for (name, *options), found in costs.items()
+            ]
+            pd.DataFrame(lines).to_csv(scratch / "cost.csv", index=False)
             job.write_coverage(model, scratch)
         job.points.clear(job.point_keys([p.key for p in todo], context))
 
     return records, publish
+
+
+COLUMNS = "model chip temperature_c method options task metric realisation value tokens cells run_id".split()
+
+
+def record(job: Job, method: str, options: dict, task: str, realisation: int, value: float, run_id: str) -> dict:
+    """One row of the records, without tokens and cells."""
+    return {
+        "model": job.cfg.model.name,
+        "chip": job.cfg.chip.name,
+        "temperature_c": float(job.cfg.temperature.celsius),
+        "method": method,
+        "options": json.dumps(options, sort_keys=True),
+        "task": task,
+        "metric": "token_perplexity",
+        "realisation": realisation,
+        "value": value,
+        "run_id": run_id,
+    }
+
+
+def in_order(rows: list[dict]) -> pd.DataFrame:
+    """Records in an order that does not depend on when they were measured."""
+    keys = ["task", "chip", "method", "options", "realisation"]
+    return pd.DataFrame(rows)[COLUMNS].sort_values(keys).reset_index(drop=True)
 
 
 def by_hand(job: Job) -> Path | None:
@@ -89,7 +111,14 @@ def main(job: Job, run: Run) -> None:
         (name, {key: value for key, value in options.items() if value is not None})
         for name, options in job.config["method"].items()
     ]
-    records, publish = measure(job, lambda model: wanted, f"ppl:{job.cfg.task.name}", job.cfg.profile.evaluate.tokens)
+    size = job.cfg.profile
+    records, publish = measure(
+        job,
+        [name for name, _ in wanted],
+        lambda model, fitted: points(fitted, wanted, range(size.realisations)),
+        f"ppl:{job.cfg.task.name}",
+        size.evaluate.tokens,
+    )
     publish(by_hand(job))
     means = records.groupby("method").value.agg(["mean", "min", "max", "count"])
     run.summary({f"{method}/perplexity": row["mean"] for method, row in means.iterrows()})

@@ -20,11 +20,14 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from romer import NoiseModel, load_model, text
+from romer.adc import Converter, read_ranges
+from romer.chips import Chip, build, files
 from romer.cli import conf_folder
 from romer.errors import InputError
 from romer.evaluate.sweep import Point
-from romer.programming import Placement, coverage
-from romer.store import Points, artifact, verify
+from romer.noise import Conductance
+from romer.placement import Placement, coverage
+from romer.store import Manifest, Points, artifact, file_sha256, verify
 from romer.tracking import Run, Tracker
 
 CALIBRATION_REALISATIONS = (
@@ -56,7 +59,8 @@ class Job:
     def settings(self) -> dict:
         """What every value of this job depends on besides its inputs and its point."""
         cfg = self.config
-        return {key: cfg[key] for key in ("seed", "dtype", "noise", "placement")} | {"window": cfg["profile"]["window"]}
+        kept = {key: cfg[key] for key in ("seed", "dtype", "noise", "placement", "chip")}
+        return kept | {key: cfg["profile"][key] for key in ("window", "fit")}
 
     @property
     def where(self) -> str:
@@ -92,13 +96,28 @@ class Job:
                 f"{folder} is missing: run `romer {stage} {choices}` first{need}, or `snakemake` for everything"
             )
         manifest = verify(folder)
-        for name, found in {stage: manifest.digest, **manifest.inputs}.items():
-            if self.lineage.setdefault(name, found) != found:
-                raise InputError(f"{folder}: made from another {name} than this job reads; run `snakemake` again")
+        self.same_origin(folder, {stage: manifest.digest, **manifest.inputs})
+        if stage == "calibrate":
+            self.same_noise(manifest)
         self.inputs[stage] = manifest.digest
         if self.opened is not None:
             self.opened.configure({"inputs": dict(self.inputs)})
         return folder
+
+    def same_origin(self, folder: Path, origins: dict[str, str]) -> None:
+        """Notes the digests by name that `folder` was made from. InputError where this job has read another of them."""
+        for name, digest in origins.items():
+            if self.lineage.setdefault(name, digest) != digest:
+                raise InputError(f"{folder}: made from another {name} than this job reads; run `snakemake` again")
+
+    def same_noise(self, manifest: Manifest) -> None:
+        """InputError where a calibration was made for another chip, ADC, placement or dtype than this job's."""
+        folder, saved = manifest.path, manifest.config
+        for key in ("chip", "placement", "dtype"):
+            if saved[key] != self.config[key]:
+                raise InputError(f"{folder}: calibrated with another {key}; run `romer calibrate` with this one")
+        if saved["noise"]["adc"] != self.config["noise"]["adc"]:
+            raise InputError(f"{folder}: calibrated with another noise.adc; run `romer calibrate` with this one")
 
     @contextmanager
     def write(self, folder: Path | None = None) -> Iterator[Path]:
@@ -128,18 +147,59 @@ class Job:
         rows = pd.read_json(self.read("text") / f"{use}.jsonl", lines=True, dtype=False)
         return text.token_stream(tokenizer, [text.Document(*r) for r in rows.itertuples(index=False)], tokens)
 
+    @functools.cached_property
+    def chip(self) -> Chip:
+        """The chip of this operating point; noise.adc stands for its ADC where set."""
+        cfg = self.config
+        celsius, section = cfg["temperature"]["celsius"], dict(cfg["chip"])
+        if not isinstance(celsius, int | float):
+            raise InputError(f"temperature.celsius: found {celsius!r}, expected a number")
+        if cfg["noise"]["adc"] is not None:
+            section["adc"] = cfg["noise"]["adc"]
+        chip = build(section, cfg["model"]["name"], float(celsius))
+        read = {f"chip/{level}": file_sha256(path) for level, path in files(section).items()}
+        self.same_origin(Path(chip.name), read)
+        self.inputs |= read
+        return chip
+
     def noise(self) -> NoiseModel:
-        """The noise model of this operating point: noise.sigma_dev where set, else what the calibration fitted."""
-        if self.cfg.noise.sigma_dev is not None:
-            return NoiseModel(float(self.cfg.noise.sigma_dev), self.cfg.seed)
-        fit = pd.read_json(self.read("calibrate") / "calibration.json", typ="series")
-        return NoiseModel(float(fit["sigma_dev"]), self.cfg.seed)
+        """The noise model of this operating point.
+
+        noise.source `fitted`: eq. 2 with noise.sigma_dev where set, else with what the calibration fitted; `chip`: the
+        chip's own errors. The ADC belongs to both; its ranges come from the calibration.
+        """
+        source, sigma, chip = self.cfg.noise.source, self.cfg.noise.sigma_dev, self.chip
+        if source not in ("fitted", "chip"):
+            raise InputError(f"noise.source: found {source!r}, expected fitted or chip")
+        if sigma is not None and not isinstance(sigma, int | float):
+            raise InputError(f"noise.sigma_dev: found {sigma!r}, expected a number, or null for the fitted one")
+        if source == "chip" and (sigma is not None or not (chip.errors or chip.adc)):
+            what = f"noise.sigma_dev={sigma}" if sigma is not None else f"chip {chip.name} without errors of its own"
+            raise InputError(f"noise.source=chip: found {what}, expected a chip with cells, columns or an ADC alone")
+        converter = self.converter() if chip.adc is not None else None
+        if source == "chip":
+            return NoiseModel(0.0, self.cfg.seed, chip.errors, converter)
+        if sigma is None:
+            fit = pd.read_json(self.read("calibrate") / "calibration.json", typ="series")
+            sigma = fit["sigma_dev"]
+        return NoiseModel(float(sigma), self.cfg.seed, (), converter)
+
+    def converter(self) -> Converter:
+        """The chip's ADC with the ranges of the calibration stage."""
+        return Converter(self.chip.adc, read_ranges(self.read("calibrate") / "ranges.safetensors"))
 
     def write_coverage(self, model, folder: Path) -> None:
-        """coverage.csv: every parameter of the model, analog or digital, with the encoding of the analog ones."""
+        """coverage.csv: every parameter of the model, analog or digital, with the encoding of the analog ones; and the
+        KV cache, which is no parameter (count 0)."""
         rows = pd.DataFrame([asdict(row) for row in coverage(model, self.placement)])
-        rows["encoding"] = rows["analog"].map({True: "plain", False: ""})
+        own = self.stage == "calibrate" or self.cfg.noise.source == "chip"
+        pairs = own and any(isinstance(error, Conductance) for error in self.chip.errors)
+        rows["encoding"] = rows["analog"].map({True: "differential pair" if pairs else "plain", False: ""})
         rows["shape"] = rows["shape"].map(lambda s: "x".join(map(str, s)))
+        kv = self.placement.kv
+        cache = {"parameter": "cached keys and values", "count": 0, "kind": "kv cache", "analog": kv}
+        cache["encoding"] = ("differential pair" if pairs else "plain") if kv else ""
+        rows = pd.concat([rows, pd.DataFrame([cache])], ignore_index=True)
         rows.to_csv(folder / "coverage.csv", index=False)
 
     def run(self, name: str, identity: dict, config: dict | None = None):

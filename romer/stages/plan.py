@@ -5,15 +5,19 @@ helps is what the evaluation shows.
 """
 
 import json
+from collections.abc import Iterable
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from romer import InputError, perplexity, profile, program
 from romer.evaluate.sweep import points, sweep
 from romer.methods import Fitted, get
-from romer.routing import apply, moe_layers
+from romer.moments import collect
+from romer.routers import moe_layers
+from romer.routing import apply
 from romer.stages.job import CALIBRATION_REALISATIONS, Job, application
 from romer.tracking import Run
 
@@ -32,7 +36,8 @@ def main(job: Job, run: Run) -> None:
     cfg, size = job.cfg, job.cfg.profile.plan
     model, tokenizer = job.load()
     noise = job.noise()
-    activation = load_file(job.read("profile") / "activation.safetensors")["noisy_magnitude"]
+    found = load_file(job.read("profile") / "activation.safetensors")
+    activation = found["noisy_magnitude"]
     ids = job.ids(tokenizer, "calibration", size.tokens)
     if not (candidates := feasible(model, list(size.n_replace))) or not size.strength:
         raise InputError(f"profile.plan: no n_replace of {list(size.n_replace)} fits the model, or strength is empty")
@@ -68,12 +73,14 @@ def main(job: Job, run: Run) -> None:
         active = profile(model, ids, cfg.profile.window, cfg.profile.batch)
     chosen = {"n_replace": fitted.n_replace, "strength": fitted.strength, "plan": plan.to_json()}
     with job.write() as folder:
+        job.write_coverage(model, folder)
         (folder / "plan.json").write_text(json.dumps(chosen, indent=1) + "\n")
         table.to_csv(folder / "selection.csv", index=False)
         save_file(
             {
                 "magnitude": active.magnitude,
                 "fitted_on": activation,
+                "counts": found["noisy_counts"],
                 "hot": torch.tensor(plan.hot),
                 "cold": torch.tensor(plan.cold),
             },
@@ -83,9 +90,14 @@ def main(job: Job, run: Run) -> None:
     run.summary({"n_replace": fitted.n_replace, "strength": fitted.strength})
 
 
-def read(job: Job) -> Fitted:
-    """What the plan stage fitted for this job's model and operating point."""
+def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
+    """What the plan stage fitted for this job's model and operating point and, where one of the methods `names` learns
+    from them, the moments of the clean model's inputs on calibration text."""
     folder = job.read("plan")
     chosen = json.loads((folder / "plan.json").read_text())
-    activation = load_file(folder / "activation.safetensors")["fitted_on"]
-    return Fitted(activation, chosen["n_replace"], chosen["strength"])
+    found = load_file(folder / "activation.safetensors")
+    moments, size = {}, job.cfg.profile
+    if any(get(name).learns for name in names):
+        ids = job.ids(tokenizer, "calibration", size.fit.tokens)
+        moments = collect(model, ids, size.window, size.batch)
+    return Fitted(found["fitted_on"], chosen["n_replace"], chosen["strength"], found["counts"], moments)

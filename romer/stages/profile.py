@@ -48,6 +48,7 @@ def main(job: Job, run: Run) -> None:
     }
     table = pd.concat(rows)
     with job.write() as folder:
+        job.write_coverage(model, folder)
         save_file(tensors, folder / "activation.safetensors")
         table.to_csv(folder / "routing.csv", index=False)
     run.summary(table.drop(columns=["layer", "realisation"]).mean().to_dict())

@@ -12,30 +12,33 @@ from safetensors.torch import load_file
 
 from romer import published
 from romer.cli import conf_folder
-from romer.errors import InputError
 from romer.report import figures, tables
 from romer.stages.job import Job, application
 from romer.store import verify, write_atomic
 from romer.tracking import Run
 
 
-def artifacts(job: Job, stage: str, chips: list[str]) -> list[tuple[tuple[str, str, float], Path]]:
-    """((chip, model, temperature), folder) of a stage's artifact at every operating point of the profile on `chips`.
+def artifacts(
+    job: Job, stage: str, chips: list[str], models: list[str] | None = None, temperatures: list | None = None
+) -> list[tuple[tuple[str, str, float], Path]]:
+    """((chip, model, temperature), folder) of a stage's artifact at every operating point on `chips`, for all models
+    of the profile or for `models`, at all temperatures of the chip or at `temperatures`.
 
     All are verified and must come from the same text and models; their digests become inputs.
     """
     found = []
     for chip in chips:
         section = yaml.safe_load((conf_folder() / "chip" / f"{chip}.yaml").read_text())
-        for model, temperature in product(section["models"], section["temperatures"]):
-            if model in job.cfg.profile.models:
+        for model, temperature in product(section["models"], temperatures or section["temperatures"]):
+            if model in (models or job.cfg.profile.models):
                 folder = job.root / stage / chip / model / str(temperature)
                 manifest = verify(folder)
-                for name in ("text", "standin"):
-                    key = name if name == "text" else f"{name}/{model}"
-                    if job.lineage.setdefault(key, manifest.inputs[name]) != manifest.inputs[name]:
-                        raise InputError(f"{folder}: made from another {key} than the rest; run `snakemake` again")
-                job.inputs[f"{stage}/{chip}/{model}/{temperature}"] = manifest.digest
+                shared = {"text": "text", "standin": f"standin/{model}"}
+                at = f"{chip}/{model}/{temperature}"
+                origins = {shared.get(name, f"{name}/{at}"): digest for name, digest in manifest.inputs.items()}
+                origins[f"{stage}/{at}"] = manifest.digest
+                job.same_origin(folder, origins)
+                job.inputs[f"{stage}/{at}"] = manifest.digest
                 found.append(((chip, model, float(temperature)), folder))
     return found
 
@@ -79,11 +82,18 @@ def main(job: Job, run: Run) -> None:
     size = job.cfg.profile
     models = quality(job)
     measured = [*artifacts(job, "evaluate", size.evaluated_chips), *artifacts(job, "ablate", size.ablated_chips)]
+    measured += artifacts(job, "probe", [size.probe.chip], temperatures=[size.probe.temperature])
     records = pd.concat([pd.read_parquet(folder / "records.parquet") for _, folder in measured], ignore_index=True)
-    fits, curves, chosen, routing = [], [], [], []
-    for at, folder in artifacts(job, "calibrate", size.chips):
-        fits.append(placed(pd.DataFrame([json.loads((folder / "calibration.json").read_text())]), at))
+    fits, curves, layers, identified, chosen, routing = [], [], [], [], [], []
+    measured_chips = artifacts(job, "calibrate", size.measured_chips, size.measured_models)
+    for at, folder in [*artifacts(job, "calibrate", size.chips), *measured_chips]:
+        found = json.loads((folder / "calibration.json").read_text())
+        found |= {"adc_bits": (found.pop("adc") or {}).get("bits"), "notes": "; ".join(found["notes"])}
+        found = {k: v for k, v in found.items() if v is not None and v != ""}
+        fits.append(placed(pd.DataFrame([found]), at))
         curves.append(placed(pd.read_csv(folder / "kl_curve.csv"), at))
+        layers.append(placed(pd.read_csv(folder / "layers.csv"), at))
+        identified.append(placed(pd.read_csv(folder / "identifiability.csv"), at))
     for at, folder in artifacts(job, "plan", size.chips):
         plan = json.loads((folder / "plan.json").read_text())
         chosen.append(placed(pd.DataFrame([{k: plan[k] for k in ("n_replace", "strength")}]), at))
@@ -98,19 +108,22 @@ def main(job: Job, run: Run) -> None:
                     records, f"Table {name[-1]}.", name, text_name, f"models: {job.cfg.profile.what}"
                 )
                 tables.write(build(records, published.load(name)), folder, name, caption)
-        calibration = pd.concat(fits).merge(pd.concat(chosen), on=["chip", "model", "temperature_c"])
+        calibration = pd.concat(fits).merge(pd.concat(chosen), how="left", on=["chip", "model", "temperature_c"])
         tables.write(
             calibration, folder, "calibration", "Fitted noise per operating point; n and λ chosen on calibration text."
         )
+        if len(rows := pd.concat(identified)):
+            words = "The σ_dev that meets the same KL target with an ADC of each resolution: KL cannot tell them apart."
+            tables.write(rows, folder, "identifiability", words)
         tables.write(
             models, folder, "models", f"The models: perplexity on {text_name}, PIQA accuracy, load over the mean."
         )
-        layers = pd.concat(routing).groupby(["chip", "model", "temperature_c"], as_index=False).mean()
+        mean = pd.concat(routing).groupby(["chip", "model", "temperature_c"], as_index=False).mean()
         tables.write(
-            layers.drop(columns=["layer", "realisation"]), folder, "routing", "Routers under noise, mean over layers."
+            mean.drop(columns=["layer", "realisation"]), folder, "routing", "Routers under noise, mean over layers."
         )
     with job.write(job.root / "figures") as folder:
-        figures.fig2_kl(pd.concat(curves), pd.concat(fits), folder, "fig2")
+        figures.fig2_kl(pd.concat(curves), pd.concat(fits), pd.concat(layers), folder, "fig2")
         heatmap(job, folder)
     buffer = io.BytesIO()
     records.to_parquet(buffer, index=False)

@@ -48,6 +48,7 @@ def random_checkpoint(section, folder: Path) -> None:
 def main(job: Job, run: Run) -> None:
     """Writes checkpoint/ (or, for the hub, model.json), quality.json and load.csv."""
     cfg, section = job.cfg, job.source
+    job.read("text")  # what is missing is said before the work, not after
     with job.write() as folder:
         if section.kind == "carved":
             recipe, tensors = recipe_of(section), Path(cfg.resources) / "standins" / f"{cfg.model.name}.safetensors"

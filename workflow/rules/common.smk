@@ -25,28 +25,58 @@ def digest(*patterns):
 
 def shown(section):
     """The profile without what only words and estimates depend on."""
-    return {k: v for k, v in section.items() if k not in ("what", "heatmap", "tokens_per_second", "seconds_per_job")}
+    return {
+        k: v
+        for k, v in section.items()
+        if k not in ("what", "heatmap", "tokens_per_second", "seconds_per_job", "measured_chips", "measured_models")
+    }
+
+
+def chip(wildcards):
+    """What a calibration depends on besides the model: the chip's section without its lists, and its tables."""
+    section = {k: v for k, v in conf("chip", wildcards.chip).items() if k not in ("models", "temperatures")}
+    tables = (
+        v["table"] if isinstance(v, dict) else v for v in map(section.get, ("cells", "columns", "end_to_end")) if v
+    )
+    return [section, digest(*(f"romer/chips/data/{t}.csv" for t in tables)), overridden_files("chip")]
+
+
+def overridden_files(group):
+    """sha256 of the files that overrides of a group name."""
+    paths = re.findall(rf"\b{group}\.[\w.]+=([^\s,]+)", config["overrides"])
+    return [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths if Path(p).is_file()]
 
 
 PROFILE = conf("profile", config["profile"])
 ROOT = f"{config['results']}/{PROFILE['name']}"
 LIBRARY = digest("romer/*.py", "romer/[!r]*/**/*.py", "romer/published/*.csv")  # all but romer/report
-CONF = [shown(PROFILE), digest("conf/chip/*.yaml", "conf/method/*.yaml", "conf/t*/*.yaml", "conf/config.yaml")]
+CONF = [shown(PROFILE), digest("conf/method/*.yaml", "conf/t*/*.yaml", "conf/config.yaml")]
 COMMON = f"pipeline=true profile={config['profile']} results={config['results']} {config['overrides']}".strip()
 ROMER = "python -m romer.cli"
 WIKITEXT = re.findall(r"data\.wikitext_dir=(\S+)", config["overrides"])
-POINTS = [
-    (chip, model, temperature)
-    for chip in PROFILE["chips"]
-    for model in conf("chip", chip)["models"]
-    if model in PROFILE["models"]
-    for temperature in conf("chip", chip)["temperatures"]
-]
+
+
+def points(chips, models):
+    """(chip, model, temperature) of every operating point of these chips and models."""
+    return [
+        (chip, model, temperature)
+        for chip in chips
+        for model in conf("chip", chip)["models"]
+        if model in models
+        for temperature in conf("chip", chip)["temperatures"]
+    ]
+
+
+POINTS = points(PROFILE["chips"], PROFILE["models"])
+PROBED = [(PROFILE["probe"]["chip"], model, PROFILE["probe"]["temperature"]) for model in PROFILE["models"]]
+CALIBRATED = POINTS + points(PROFILE["measured_chips"], PROFILE["measured_models"])
 MODELS = [*PROFILE["reference_models"], *PROFILE["models"]]
 
 
-# One thread a job, whatever share of the scheduler's cores it takes; the tracking mode is no reason to run a job again.
-shell.prefix(f"export OMP_NUM_THREADS=1 ROMER_TRACKING={config['tracking']}; ")
+# One thread a job, whatever share of the scheduler's cores it takes: Snakemake exports that share to every library.
+# The tracking mode is no reason to run a job again.
+ONE_THREAD = " ".join(f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR"))
+shell.prefix(f"export {ONE_THREAD} ROMER_TRACKING={config['tracking']}; ")
 
 
 def share(wildcards):
@@ -54,30 +84,41 @@ def share(wildcards):
     return max(1, (workflow.cores or 1) // (os.cpu_count() or 1))
 
 
-def at_points(pattern, chips=None):
+def at_points(pattern, chips=None, among=POINTS):
     """`pattern` with the wildcards of every operating point filled in."""
     return [
         pattern.format(chip=chip, model=model, temperature=temperature)
-        for chip, model, temperature in POINTS
+        for chip, model, temperature in among
         if chips is None or chip in chips
     ]
 
 
 def estimate(cores):
     """Minutes that the whole profile takes, from its token counts and the measured speed that it states."""
-    size = PROFILE
-    noisy, grid = 4, len(size["ablate"]["n_replace"]) + len(size["ablate"]["strength"]) - 1
+    size, methods = PROFILE, conf("method", "all")["defaults"]
+    sweep = 1 + len(size["ablate"]["n_replace"]) + len(size["ablate"]["strength"]) - 2
+    both = (len(size["ablate"]["n_replace"]) - 1) * (len(size["ablate"]["strength"]) - 1)
     tokens = len(MODELS) * (size["quality"]["tokens"] + 60 * size["quality"]["piqa_items"])
-    for chip, _, _ in POINTS:
-        tokens += 6 * size["calibrate"]["realisations"] * size["calibrate"]["tokens"]
+    tokens += 4 * (len(CALIBRATED) - len(POINTS)) * size["calibrate"]["realisations"] * size["calibrate"]["tokens"]
+    tokens += 6 * len(CALIBRATED) * size["calibrate"]["realisations"] * size["calibrate"]["tokens"]
+    for chip, _, temperature in POINTS:
         tokens += (2 + size["profiling"]["realisations"]) * size["profiling"]["tokens"]
         candidates = len(size["plan"]["n_replace"]) + len(size["plan"]["strength"])
         tokens += candidates * size["plan"]["realisations"] * size["plan"]["tokens"]
         if chip in size["evaluated_chips"]:
-            tokens += (1 + noisy * size["realisations"]) * size["evaluate"]["tokens"]
+            tokens += (
+                size["fit"]["tokens"] + (1 + (len(methods) - 1) * size["realisations"]) * size["evaluate"]["tokens"]
+            )
         if chip in size["ablated_chips"]:
-            tokens += (1 + grid * size["realisations"]) * size["ablate"]["tokens"]
-    jobs = len(MODELS) + 4 * len(POINTS)
+            joint = size["ablate"]["joint"]
+            tokens += (1 + sweep * size["realisations"]) * size["ablate"]["tokens"]
+            tokens += (temperature in joint["temperatures"]) * both * joint["realisations"] * size["ablate"]["tokens"]
+    probe = size["probe"]
+    around = 1 + 3 + 5 + 2 * len(probe["scales"]) + 2 * len(probe["transfer"])  # split, parts, scales, other chips
+    for _, model, _ in PROBED:
+        shares = len(probe["perturbed"]) if model in probe["perturbed_models"] else 1
+        tokens += size["fit"]["tokens"] + (5 + (around + 3 * shares) * probe["realisations"]) * probe["tokens"]
+    jobs = len(MODELS) + 3 * len(POINTS) + len(CALIBRATED) + len(PROBED)
     parallel = min(cores or 1, os.cpu_count() or 1)
     return (tokens / size["tokens_per_second"] + size["seconds_per_job"] * jobs) / parallel / 60
 
@@ -91,6 +132,6 @@ AT = "model={wildcards.model} chip={wildcards.chip} temperature={wildcards.tempe
 
 
 wildcard_constraints:
-    chip="|".join(PROFILE["chips"]),
+    chip="|".join([*PROFILE["chips"], *PROFILE["measured_chips"]]),
     model="|".join(MODELS),
     temperature=r"\d+",

@@ -20,6 +20,7 @@ rule calibrate:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
+        chip=chip,
     shell:
         f"{ROMER} calibrate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
@@ -82,6 +83,7 @@ rule evaluate:
         text=f"{ROOT}/text",
         standin=f"{ROOT}/standin/{{model}}",
         calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
         plan=f"{ROOT}/plan/{OPERATING_POINT}",
     output:
         directory(f"{ROOT}/evaluate/{OPERATING_POINT}"),
@@ -109,6 +111,7 @@ rule ablate:
         text=f"{ROOT}/text",
         standin=f"{ROOT}/standin/{{model}}",
         calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
         plan=f"{ROOT}/plan/{OPERATING_POINT}",
     output:
         directory(f"{ROOT}/ablate/{OPERATING_POINT}"),
@@ -129,3 +132,31 @@ rule ablate:
         conf=CONF,
     shell:
         f"{ROMER} ablate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
+
+
+rule probe:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/probe/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/probe/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/probe/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=CONF,
+    shell:
+        f"{ROMER} probe {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"

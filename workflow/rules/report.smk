@@ -3,11 +3,12 @@ rule report:
     input:
         text=f"{ROOT}/text",
         models=expand(f"{ROOT}/standin/{{model}}", model=MODELS),
-        calibrate=at_points(f"{ROOT}/calibrate/{OPERATING_POINT}"),
+        calibrate=at_points(f"{ROOT}/calibrate/{OPERATING_POINT}", among=CALIBRATED),
         profile=at_points(f"{ROOT}/profile/{OPERATING_POINT}"),
         plan=at_points(f"{ROOT}/plan/{OPERATING_POINT}"),
         evaluate=at_points(f"{ROOT}/evaluate/{OPERATING_POINT}", PROFILE["evaluated_chips"]),
         ablate=at_points(f"{ROOT}/ablate/{OPERATING_POINT}", PROFILE["ablated_chips"]),
+        probe=at_points(f"{ROOT}/probe/{OPERATING_POINT}", among=PROBED),
     output:
         report(directory(f"{ROOT}/tables"), patterns=["{name}.csv"], category="tables"),
         report(directory(f"{ROOT}/figures"), patterns=["{name}.png"], category="figures"),

@@ -1,0 +1,222 @@
+"""Chips: what was measured on one, at one temperature, as the errors that a simulation puts into a model.
+
+    chip = build(section, "olmoe", 80)          # section: a mapping as in conf/chip/<name>.yaml
+    noise = NoiseModel(errors=chip.errors, adc=Converter(chip.adc, ranges) if chip.adc else None)
+
+A chip is known at one or several levels: its cells (a table of measured conductances, or the PCM model), its columns
+(gain and residual of matrix-vector products), its ADC, and end to end (the KL divergence that it causes in a model,
+measured or implied by a published table). docs/chips.md says how to bring one.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from romer import published
+from romer.adc import Adc
+from romer.chips.measurements import CellTable, ColumnErrors, end_to_end_target, read_cells, read_end_to_end, read_mvm
+from romer.chips.pcm import Pcm
+from romer.errors import InputError
+from romer.noise import ColumnGain, Conductance, Draws, Drift, Error
+
+DATA = Path(__file__).parent / "data"
+LEVELS = ("published", "cells", "pcm", "drift", "columns", "end_to_end", "adc")
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredCells:
+    """Cells with the mean shift and spread that a table gives at one temperature, linear between its conductances.
+
+    g_us, mean_us, sigma_us: float32 [G], µS. Calling it turns target conductances (µS, float32, any shape, within the
+    table's range) into those that act: G + mean(G) + σ(G) ε with Gaussian ε. Not cut off at 0: a column adds up the
+    table's two moments, and a cut would change both at the low conductances where most cells are.
+    """
+
+    g_us: torch.Tensor
+    mean_us: torch.Tensor
+    sigma_us: torch.Tensor
+
+    def __call__(self, target: torch.Tensor, draws: Draws, kind: str) -> torch.Tensor:
+        grid = self.g_us.to(target.device)
+        upper = torch.searchsorted(grid, target.contiguous()).clamp(1, len(grid) - 1)
+        share = (target - grid[upper - 1]) / (grid[upper] - grid[upper - 1])
+        mean, sigma = (
+            torch.lerp(v.to(target.device)[upper - 1], v.to(target.device)[upper], share)
+            for v in (self.mean_us, self.sigma_us)
+        )
+        return target + mean + sigma * draws.normal(f"{kind} cell", target)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip at one temperature.
+
+    errors: of its arrays, in order; adc: None for ideal converters; kl_target: nats per token that it causes in the
+    model, None where only a simulation of `errors` and `adc` can tell; layer_error: relative error of each layer where
+    it was measured; notes: what a reader must know, e.g. that a temperature lies between measured ones.
+    """
+
+    name: str
+    temperature_c: float
+    errors: tuple[Error, ...] = ()
+    adc: Adc | None = None
+    kl_target: float | None = None
+    layer_error: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def build(section: Mapping, model: str, temperature_c: float) -> Chip:
+    """The chip of a configuration section at a temperature in °C, for a model.
+
+    Raises InputError, in one line, for an unknown level or setting, for files that do not hold what they should, for a
+    temperature outside the measured ones, and for a section that says nothing.
+    """
+    name = section.get("name", "chip")
+    unknown = set(section) - {*LEVELS, "name", "models", "temperatures"}
+    if unknown:
+        raise InputError(f"chip {name}: unknown setting {sorted(unknown)[0]!r}, expected {', '.join(LEVELS)}")
+    given = {level: section[level] for level in LEVELS if section.get(level) is not None}
+    if not given:
+        raise InputError(f"chip {name}: nothing is given, expected one of {', '.join(LEVELS)}")
+    if len(given.keys() & {"published", "end_to_end"}) == 2 or len(given.keys() & {"cells", "pcm"}) == 2:
+        raise InputError(f"chip {name}: found {', '.join(given)}, expected one target and one kind of cells at most")
+    notes: list[str] = []
+    adc = _settings(name, "adc", given["adc"], ADC) if "adc" in given else None
+    errors: list[Error] = []
+    if "cells" in given:
+        errors.append(_cells(name, given["cells"], temperature_c, notes))
+    if "pcm" in given:
+        errors.append(_pcm(name, given["pcm"], temperature_c))
+    if "drift" in given:
+        errors.append(Drift(**_settings(name, "drift", given["drift"], DRIFT)))
+    if "columns" in given:
+        if adc is None:
+            raise InputError(
+                f"chip {name}: columns leave a residual at each conversion: set chip.adc, e.g. {{bits: 8}}"
+            )
+        gain, residual = _columns(name, given["columns"], temperature_c, notes)
+        errors.append(ColumnGain(gain, adc["tile_rows"]))
+        adc["residual"] = residual if adc["residual"] is None else adc["residual"]
+    target, layer_error = None, None
+    if "published" in given:
+        target = published.kl_target(given["published"], model, temperature_c)
+    if "end_to_end" in given:
+        path = files(section)["end_to_end"]
+        target, layer_error = end_to_end_target(read_end_to_end(path), path, model, temperature_c)
+    if adc is not None:
+        adc = Adc(**adc | {"residual": adc["residual"] or 0.0})
+    return Chip(name, temperature_c, tuple(errors), adc, target, layer_error, tuple(notes))
+
+
+# The settings of each level: (type, default); REQUIRED ones have none.
+REQUIRED = object()
+NUMBER = (int, float)
+MAPPING = {"scaling": (str, "tensor"), "compensate": (bool, False), "zero": (str, "low")}
+CELLS = {"table": (str, REQUIRED), "g_min_us": (NUMBER, None), "g_max_us": (NUMBER, None), "extrapolate": (bool, False)}
+CELLS |= MAPPING
+PCM = {"seconds": (NUMBER, Pcm.seconds), "read": (bool, True), "g_max_us": (NUMBER, Pcm.G_MAX_US)}
+PCM |= MAPPING | {"compensate": (bool, True)}
+COLUMNS = {"table": (str, REQUIRED), "extrapolate": (bool, False)}
+DRIFT = {"nu": (NUMBER, REQUIRED), "nu_sigma": (NUMBER, 0.0), "seconds": (NUMBER, REQUIRED), "t0": (NUMBER, Drift.t0)}
+ADC = {
+    "bits": (int, Adc.bits),
+    "form": (str, Adc.form),
+    "tile_rows": (int, Adc.tile_rows),
+    "percentile": (NUMBER, Adc.percentile),
+    "dac_bits": (int, None),
+    "residual": (NUMBER, None),
+}
+
+
+def _settings(chip: str, level: str, given: str | Mapping, known: Mapping) -> dict:
+    """A level's settings, complete. A bare name or path stands for its table. Raises InputError for any other thing."""
+    if isinstance(given, str) and "table" in known:
+        given = {"table": given}
+    if not isinstance(given, Mapping):
+        raise InputError(f"chip {chip}: {level}: found {given!r}, expected {', '.join(known)}")
+    if unknown := sorted(map(str, set(given) - set(known))):
+        raise InputError(f"chip {chip}: {level}: unknown setting {unknown[0]!r}, expected {', '.join(known)}")
+    found = {}
+    for name, (kind, default) in known.items():
+        value = given.get(name)
+        value = default if value is None else value
+        if value is REQUIRED:
+            raise InputError(f"chip {chip}: {level}: {name} is missing, expected {', '.join(known)}")
+        is_bool, wanted = isinstance(value, bool), kind is bool
+        if value is not None and (is_bool != wanted or not isinstance(value, kind)):
+            word = "a number" if kind is NUMBER else kind.__name__
+            raise InputError(f"chip {chip}: {level}.{name}: found {value!r}, expected {word}")
+        found[name] = value
+    return found
+
+
+def files(section: Mapping) -> dict[str, Path]:
+    """The files that a section reads, by level. Raises InputError for a level that is no table."""
+    chip, found = section.get("name", "chip"), {}
+    for level, known in (("cells", CELLS), ("columns", COLUMNS), ("end_to_end", {"table": (str, REQUIRED)})):
+        if section.get(level) is not None:
+            found[level] = table_path(_settings(chip, level, section[level], known)["table"])
+    return found
+
+
+def table_path(name: str) -> Path:
+    """A table of the package by its name, or a user's file by its path."""
+    path = DATA / f"{name}.csv"
+    if "/" not in name and path.exists():
+        return path
+    return Path(os.path.expanduser(name))
+
+
+def _header(path: Path) -> str:
+    """The first line of a file; empty where there is none, so that the reader of the file says what is wrong."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.readline()
+    except (OSError, ValueError):
+        return ""
+
+
+def _between(table: CellTable | ColumnErrors, temperature_c: float, notes: list[str]) -> None:
+    if not table.measured(temperature_c):
+        known = ", ".join(f"{t:g}" for t in table.temperature_c)
+        notes.append(f"{table.name}: {temperature_c:g} C is interpolated or extrapolated from {known} C")
+
+
+def _cells(chip: str, given: str | Mapping, temperature_c: float, notes: list[str]) -> Conductance:
+    o = _settings(chip, "cells", given, CELLS)
+    path = table_path(o["table"])
+    single = "g_read_us" in _header(path)
+    table = CellTable.from_cells(read_cells(path), o["table"]) if single else CellTable.read(path)
+    table = replace(table, name=o["table"])
+    grid, mean, sigma = (torch.tensor(v, dtype=torch.float32) for v in table.at(temperature_c, o["extrapolate"]))
+    _between(table, temperature_c, notes)
+    low, high = table.g_us[0], table.g_us[-1]
+    g_min, g_max = (low if o["g_min_us"] is None else o["g_min_us"]), (high if o["g_max_us"] is None else o["g_max_us"])
+    if not low <= g_min < g_max <= high:
+        raise InputError(
+            f"{path}: column 'g_us': found {low:g} to {high:g} µS, which does not cover the conductance range"
+            f" {g_min:g} to {g_max:g} µS of chip {chip}"
+        )
+    return Conductance(MeasuredCells(grid, mean, sigma), g_min, g_max, *(o[name] for name in MAPPING))
+
+
+def _pcm(chip: str, given: Mapping, temperature_c: float) -> Conductance:
+    o = _settings(chip, "pcm", given, PCM)
+    if temperature_c != Pcm.TEMPERATURE_C:
+        raise InputError(f"chip {chip}: found {temperature_c:g} C, expected the measured {Pcm.TEMPERATURE_C:g} C")
+    if o["g_max_us"] > Pcm.G_MAX_US:
+        raise InputError(f"chip {chip}: pcm.g_max_us: found {o['g_max_us']}, expected at most {Pcm.G_MAX_US}")
+    return Conductance(Pcm(o["seconds"], o["read"]), 0.0, o["g_max_us"], *(o[name] for name in MAPPING))
+
+
+def _columns(chip: str, given: str | Mapping, temperature_c: float, notes: list[str]) -> tuple[float, float]:
+    o = _settings(chip, "columns", given, COLUMNS)
+    path = table_path(o["table"])
+    single = "y_measured" in _header(path)
+    table = ColumnErrors.from_mvm(read_mvm(path), o["table"]) if single else ColumnErrors.read(path)
+    table = replace(table, name=o["table"])
+    _between(table, temperature_c, notes)
+    return table.at(temperature_c, o["extrapolate"])

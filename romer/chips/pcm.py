@@ -1,0 +1,72 @@
+"""Phase-change memory as measured on an array of a million cells (Joshi et al. 2020, DOI 10.1038/s41467-020-16108-9;
+the formulas as in Nandakumar et al. 2019, DOI 10.1109/ICECS46596.2019.8964852).
+
+    cells = Pcm(seconds=3600)
+    noise = NoiseModel(errors=(Conductance(cells, 0.0, Pcm.G_MAX_US, compensate=True),))
+
+Programming spread, drift and read noise of a cell, by its target conductance; measured at room temperature.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from romer.errors import InputError
+from romer.noise import Draws
+
+
+@dataclass(frozen=True)
+class Pcm:
+    """seconds: t after programming, at least T_REFERENCE, when drift is first read; read: whether reads add noise.
+
+    Calling it turns target conductances (µS, float32, any shape) into those that are read, never below 0.
+    """
+
+    seconds: float = 20.0
+    read: bool = True
+
+    G_MAX_US = 25.0  # µS, the largest conductance that was programmed
+    T_REFERENCE = 20.0  # s, of the read that the programming spread refers to
+    T_READ = 250e-9  # s, duration of a read
+    TEMPERATURE_C = 25.0  # "room temperature"; the source has no other
+
+    def __post_init__(self):
+        if not self.T_REFERENCE <= self.seconds < math.inf:
+            raise InputError(f"pcm seconds: found {self.seconds}, expected at least {self.T_REFERENCE:g}")
+
+    def __call__(self, target: torch.Tensor, draws: Draws, kind: str) -> torch.Tensor:
+        g = (target / self.G_MAX_US).clamp(min=1e-6)  # of the full range; a reset cell has a logarithm, too
+        conductance = (target + self.programming_sigma(g) * draws.normal(f"{kind} programming", target)).clamp(min=0)
+        if self.seconds > self.T_REFERENCE:
+            nu = self.drift_mean(g) + self.drift_sigma(g) * draws.normal(f"{kind} drift", target)
+            conductance = conductance * (self.seconds / self.T_REFERENCE) ** -nu.clamp(min=0)
+        if self.read:
+            sigma = conductance * self.read_q(g) * self.read_time(self.seconds)
+            conductance = (conductance + sigma * draws.normal(f"{kind} read", target)).clamp(min=0)
+        return conductance
+
+    @staticmethod
+    def programming_sigma(g: torch.Tensor) -> torch.Tensor:
+        """µS, of g = G / 25 µS."""
+        return (-1.1731 * g**2 + 1.9650 * g + 0.26348).clamp(min=0)
+
+    @staticmethod
+    def drift_mean(g: torch.Tensor) -> torch.Tensor:
+        """Mean of ν, of g = G / 25 µS."""
+        return (-0.0155 * g.log() + 0.0244).clamp(0.049, 0.1)
+
+    @staticmethod
+    def drift_sigma(g: torch.Tensor) -> torch.Tensor:
+        """Spread of ν over cells, of g = G / 25 µS."""
+        return (-0.0125 * g.log() - 0.0059).clamp(0.008, 0.045)
+
+    @staticmethod
+    def read_q(g: torch.Tensor) -> torch.Tensor:
+        """Q of the 1/f read noise, of g = G / 25 µS."""
+        return (0.0088 / g**0.65).clamp(max=0.2)
+
+    @classmethod
+    def read_time(cls, seconds: float) -> float:
+        """sqrt(ln((t + t_r) / (2 t_r))): what 1/f noise has gathered at t."""
+        return math.sqrt(max(math.log((seconds + cls.T_READ) / (2 * cls.T_READ)), 0.0))
