@@ -48,7 +48,7 @@ def test_contract_of_the_output(results):
     # Clean once, two realisations of everything else; of the joint map one.
     assert len(records[records.task == "ppl:heldout"]) == 8 * (1 + 2 * 10)
     assert len(records[records.task == "ppl:ablation"]) == 4 * (1 + 2 * (1 + 5 + 5)) + 5 * 5
-    probes = {"routing": 4 * 4, "scaled": 4 * 8, "transfer": 4 * 4, "unnoised": 4 * 4}
+    probes = {"routing": 4 * 4, "scaled": 4 * 12, "transfer": 4 * 4, "unnoised": 4 * 4}
     probes |= {"parts": 2 * (3 + 3 + 4 + 5), "perturbed": (3 + 4 + 4) + 3 * (1 + 2 + 2)}  # by what each model has
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
     assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
