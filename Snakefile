@@ -25,3 +25,4 @@ rule all:
         f"{ROOT}/records.parquet",
         f"{ROOT}/tables",
         f"{ROOT}/figures",
+        f"{ROOT}/claims",

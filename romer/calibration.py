@@ -19,6 +19,7 @@ from romer.errors import InputError
 TOLERANCE = 0.01  # relative, of the mean KL to its target, at which the search stops
 ACCEPTED = 0.02  # likewise, of the best σ when the evaluations are used up: KL(σ) jumps where tokens change experts
 MAX_EVALUATIONS = 12
+NEAR = 0.1  # of ln σ: closer together, two KL say more about a jump between them than about a slope
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,28 @@ def fit_sigma(
             below, above = (x0, y0 / 2 if side == 1 else y0), (x, y)
             side = 1
     sigma = min(curve, key=lambda s: abs(math.log(s) - x))  # exp(x), bit by bit
+    if len(curve) < MAX_EVALUATIONS and not _apart(curve, sigma):
+        gap(max(x - 3 * NEAR, low_bound))  # a fit close to where it started knows no slope, so no interval either
     slope = _slope(curve, sigma)
     alone = tuple(sigma * (target / kl) ** (1 / slope) for kl in curve[sigma])
     mean = sum(curve[sigma]) / len(curve[sigma])
     return SigmaFit(sigma, mean, target, slope, alone, tuple(sorted(curve.items())))
 
 
+def _apart(curve: dict[float, tuple[float, ...]], sigma: float) -> list[float]:
+    """The σ tried that are far enough from `sigma` to tell a slope from a jump."""
+    return [s for s in curve if abs(math.log(s / sigma)) >= NEAR]
+
+
 def _slope(curve: dict[float, tuple[float, ...]], sigma: float) -> float:
     """d ln KL / d ln σ around σ: least squares over the σ tried within a factor of 3, or else to the nearest other one.
 
-    At least 0.1, because KL jumps where tokens change experts; 2 where σ is the only one.
+    At least 0.1, because KL jumps where tokens change experts; 2 where no other σ was tried.
     """
     at = {s: math.log(s / sigma) for s in curve}
     near = {s: d for s, d in at.items() if abs(d) < math.log(3)}
-    if len(near) < 2 or max(near.values()) - min(near.values()) < 0.1:  # too close together to tell a slope from a jump
-        others = [s for s in curve if abs(at[s]) >= 0.1]
-        if not others:
+    if len(near) < 2 or max(near.values()) - min(near.values()) < NEAR:
+        if not (others := _apart(curve, sigma)):
             return 2.0
         near = {s: at[s] for s in (sigma, min(others, key=lambda s: abs(at[s])))}
     log_kl = {s: math.log(sum(curve[s]) / len(curve[s])) for s in near}

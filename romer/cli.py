@@ -19,6 +19,9 @@ STAGES = {
     "evaluate": "perplexity of every method on held-out text",
     "ablate": "the n and lambda grids of table 4",
     "probe": "what breaks under noise, and whether the cure works where it was not fitted",
+    "benchmark": "tasks of lm-evaluation-harness for every method (table 2)",
+    "generate": "prompts continued by the clean, the noisy and the mended model (figure 1)",
+    "hardware": "time, energy and area of every method on a chip (table 3)",
     "report": "records, tables and figures",
 }
 

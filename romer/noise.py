@@ -45,26 +45,45 @@ class Draws:
     replica: int = 0
 
     def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
-        """N(0, 1) draws of a kind: float32, of the shape (and on the device) of `like`.
+        """N(0, 1) draws of a kind: float32, of the shape (and on the device) of `like`; not to be written to.
 
         The first rows of a longer draw are those of a shorter one.
         """
         shape = tuple(like.shape) if isinstance(like, torch.Tensor) else like
-        rng = generator(self.seed, self.realisation, self.tensor, self.replica, kind)
-        drawn = torch.from_numpy(rng.standard_normal(shape, np.float32))
+        drawn = _drawn(self.seed, self.realisation, self.tensor, self.replica, kind, shape)
         return drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
+
+
+# Layouts of one realisation share most draws, and drawing is a third of the work of programming: the latest are kept.
+KEPT_BYTES = 2**29
+_KEPT: dict[tuple, torch.Tensor] = {}  # in the order of drawing; never written to
+_kept_bytes = 0
+
+
+def _drawn(seed: int, realisation: int, tensor: str, replica: int, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    global _kept_bytes
+    key = (seed, realisation, tensor, replica, kind, shape)
+    if (found := _KEPT.get(key)) is not None:
+        return found
+    rng = generator(seed, realisation, tensor, replica, kind)
+    drawn = torch.from_numpy(rng.standard_normal(shape, np.float32))
+    _KEPT[key], _kept_bytes = drawn, _kept_bytes + drawn.nbytes
+    while _kept_bytes > KEPT_BYTES:
+        _kept_bytes -= _KEPT.pop(next(iter(_KEPT))).nbytes
+    return drawn
 
 
 class Error(Protocol):
     """What is wrong with an array: turns the weights that were meant into those that act.
 
     values: float32 [rows, columns of numbers]; draws: of this array; outputs: the dimension that runs over the array's
-    output columns (0 for a weight [out, in]); full_range: the largest |value| that can be stored, where it does not
-    follow from the values themselves (a KV cache is written before its later tokens are known).
+    output columns (0 for a weight [out, in]); full_range: the largest |value| that can be stored, one number or one for
+    each output (a tensor that broadcasts), where it does not follow from the values themselves (a KV cache is written
+    before its later tokens are known).
     """
 
     def __call__(
-        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | None = None
+        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
 
@@ -130,7 +149,7 @@ class Drift:
 
     def __call__(self, values, draws, outputs=0, full_range=None):
         exponent = (self.nu + self.nu_sigma * draws.normal("drift", values)).clamp(min=0)
-        return values * max(self.seconds / self.t0, 1.0) ** -exponent
+        return values * (-math.log(max(self.seconds / self.t0, 1.0)) * exponent).exp()  # pow's bits vary with threads
 
 
 Cells = Callable[[torch.Tensor, Draws, str], torch.Tensor]  # (target µS, draws, kind prefix) -> µS as read
@@ -167,8 +186,8 @@ class Conductance:
 
     def __call__(self, values, draws, outputs=0, full_range=None):
         if full_range is not None:
-            values = values.clamp(-full_range, full_range)
-            top = torch.tensor(full_range)
+            top = torch.as_tensor(full_range, dtype=values.dtype, device=values.device)
+            values = values.clamp(-top, top)
         elif self.scaling == "column":
             top = values.abs().amax(dim=1 - outputs, keepdim=True)
         else:
@@ -181,9 +200,14 @@ class Conductance:
             targets = self.g_max_us - below, self.g_max_us - above
         plus, minus = (self.cells(g, draws, kind) for g, kind in zip(targets, ("plus", "minus"), strict=True))
         read = (plus - minus) / scale
-        if self.compensate and full_range is None and (total := read.abs().sum()) > 0:
-            read = read * (values.abs().sum() / total)
+        if self.compensate and full_range is None and (total := _absolute_sum(read)) > 0:
+            read = read * (_absolute_sum(values) / total)
         return read
+
+
+def _absolute_sum(values: torch.Tensor) -> float:
+    """Σ|v| in float64, row by row, so that the number of threads does not reach float32's last bit."""
+    return values.abs().sum(1, dtype=torch.float64).sum().item()
 
 
 @dataclass(frozen=True)
@@ -208,7 +232,7 @@ class NoiseModel:
         return self.sigma_dev * Draws(self.seed, realisation, name, replica).normal("device", tuple(shape))
 
     def store(
-        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | None = None
+        self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | torch.Tensor | None = None
     ) -> torch.Tensor:
         """The values of one array [rows, columns of numbers] as they act, in their dtype; see `Error`."""
         errors = ((Proportional(self.sigma_dev),) if self.sigma_dev else ()) + self.errors

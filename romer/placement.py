@@ -25,6 +25,8 @@ class Placement:
     def __post_init__(self):
         if self.rule not in PLACEMENTS:
             raise InputError(f"placement.rule: found {self.rule!r}, expected one of {', '.join(PLACEMENTS)}")
+        if not isinstance(self.router, bool):
+            raise InputError(f"placement.router: found {self.router!r}, expected true or false")
 
     @property
     def kv(self) -> bool:

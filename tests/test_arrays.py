@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lm_eval.evaluator import simple_evaluate
 from transformers import DynamicCache
 
 import romer.arrays
@@ -230,6 +231,11 @@ def test_a_model_on_arrays_is_not_put_on_arrays_again(olmoe, ids):
 # ---- refused
 
 
+@pytest.mark.parametrize("fields, culprit", [(("all",), "placement.rule: found 'all'"), (("linear", "no"), "'no'")])
+def test_a_placement_that_is_none_is_refused(fields, culprit):
+    assert culprit in refusal(Placement, *fields)
+
+
 def refusal(call, *args, **kwargs) -> str:
     with pytest.raises(InputError) as caught:
         call(*args, **kwargs)
@@ -281,13 +287,15 @@ def test_tokens_that_follow_change_nothing(double, ids, form, tile_rows):
 
 
 def test_other_libraries_and_threads_decide_nothing(olmoe, ids):
-    """lm-eval's `simple_evaluate` seeds three global generators; here they are seeded as it does, without it."""
+    """lm-eval's `simple_evaluate` seeds three global generators, before it finds that it has no tasks here."""
     model, rows = olmoe.double(), ids[:64][None]
     noise = on_arrays(model, ids, Adc(form="uniform", residual=0.02), noise=NoiseModel(0.05))
     states, threads = (random.getstate(), np.random.get_state()), torch.get_num_threads()
     first = programmed(model, rows, noise)
     with torch.random.fork_rng(devices=[]):
-        random.seed(0), np.random.seed(1234), torch.manual_seed(1234)
+        with pytest.raises(ValueError, match="No tasks"):
+            simple_evaluate(model=None, tasks=[])
+        assert torch.initial_seed() == 1234
         try:
             assert torch.equal(programmed(model, rows, noise), first)
             torch.set_num_threads(1 if threads > 1 else 2)

@@ -37,6 +37,30 @@ def test_a_chip_with_adc_and_kv_cache_goes_through_the_stages(smoke_results):
     assert "calibrated with another noise.adc" in line and str(folder) in line
 
 
+def test_a_measured_target_does_not_silence_the_cells(smoke_results):
+    """The target is what was measured; beside it stands how much of it the cells explain."""
+    common = ["profile=smoke", f"results={smoke_results}", "tracking=disabled", "model=qwen3", "temperature=25"]
+    kl = smoke_results / "own_kl.csv"
+    kl.write_text("model,temperature_c,kl\nqwen3,25,0.05\n")
+    own = ["chip=file", "chip.name=both", "chip.cells=rram_b", f"chip.end_to_end={kl}"]
+    done = romer("calibrate", *common, *own)
+    assert done.returncode == 0, done.stderr
+    folder = smoke_results / "smoke/calibrate/both/qwen3/25"
+    fit = json.loads((folder / "calibration.json").read_text())
+    assert fit["kl_target"] == 0.05 and abs(fit["kl"] / 0.05 - 1) < 0.02
+    assert fit["kl_simulated"] > 0.1 and fit["kl_chip_model"] > 0 and fit["layer_distance"] > 0.1
+    assert set(pd.read_csv(folder / "layers.csv").source) == {"chip", "noise model"}
+
+
+def test_errors_that_overflow_the_model_are_said_in_one_line(smoke_results):
+    cells = smoke_results / "huge.csv"
+    cells.write_text("temperature_c,g_us,mean_delta_us,sigma_us,cells\n25,1,0,1e30,10\n25,9,0,1e30,10\n")
+    common = ["profile=smoke", f"results={smoke_results}", "tracking=disabled", "model=olmoe", "temperature=25"]
+    line = one_line(romer("calibrate", *common, "chip=file", "chip.name=huge", f"chip.cells={cells}"))
+    assert "chip huge at 25 C: under its own errors the model's KL is" in line and len(line) < 300
+    assert not (smoke_results / "smoke/calibrate/huge").exists()
+
+
 @pytest.mark.parametrize(
     "overrides, culprit",
     [
@@ -62,9 +86,6 @@ def test_a_flat_curve_is_followed_down_to_tiny_sigmas():
 
 
 def test_two_close_sigmas_on_a_jump_do_not_set_the_slope():
-    curve = {0.05: 0.1, 0.1: 0.4, 0.1001: 0.44}
-    fits = fit_sigma(lambda s: [min(curve.items(), key=lambda at: abs(at[0] - s))[1]], 0.1)
-    assert fits.slope == 2.0  # a single point: the law of small errors
     fit = fit_sigma(lambda s: [30 * s**2 * (1.01 if s > 0.0816 else 0.99), 30 * s**2], 0.2)
     assert fit.slope == pytest.approx(2, abs=0.1)
 

@@ -69,8 +69,19 @@ def test_the_mean_over_realisations_meets_the_target_and_each_has_a_sigma():
 
 def test_a_start_that_already_meets_the_target_is_taken():
     fit = fit_sigma(lambda s: [56 * s**2, 58 * s**2], 57 * 0.05**2)
-    assert fit.evaluations == 1 and fit.sigma_dev == pytest.approx(0.05)
+    assert fit.evaluations == 2 and fit.sigma_dev == pytest.approx(0.05)  # and one more σ, for the slope
     assert fit.sigma_by_realisation == pytest.approx([0.05 * math.sqrt(57 / 56), 0.05 * math.sqrt(57 / 58)])
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("off", [0.95, 0.995, 1.0, 1.05])
+def test_a_fit_close_to_the_start_has_the_interval_of_its_own_slope(power, off):
+    """Where only close σ were tried, a slope of 2 would make the interval of a flat curve too narrow."""
+    factors = (0.8, 1.25)
+    fit = fit_sigma(lambda s: [f * (s / 0.05) ** power for f in factors], off**power * sum(factors) / 2)
+    assert fit.slope == pytest.approx(power, rel=1e-6) and fit.evaluations <= 12
+    alone = [0.05 * off * (sum(factors) / 2 / f) ** (1 / power) for f in factors]
+    assert fit.sigma_by_realisation == pytest.approx(alone, rel=1.01 ** (1 / power) - 1 + 1e-6)
 
 
 @pytest.mark.parametrize("target", [0.0, -0.1, math.nan, math.inf])

@@ -159,12 +159,40 @@ def test_a_user_brings_files_of_every_level():
         (CHIPS["pcm"] | {"pcm": {"hours": 1}}, "olmoe", 25, "pcm: unknown setting 'hours'"),
         (CHIPS["neurram"] | {"adc": {"bit": 8}}, "olmoe", 25, "adc: unknown setting 'bit'"),
         (CHIPS["table1"], "olmoe", 45, "published table1 has no 45 C"),
+        ({"name": "x", "cells": "/tmp"}, "olmoe", 25, "/tmp: a directory, expected a CSV file with the columns"),
+        ({"name": "x", "cells": "a\0b"}, "olmoe", 25, "cannot be read"),
+        ({"name": "x", "cells": 300 * "x"}, "olmoe", 25, "cannot be read"),
+        ({"name": "../x", "cells": "rram_a"}, "olmoe", 25, "chip.name: found '../x', expected letters"),
+        ({"name": "", "cells": "rram_a"}, "olmoe", 25, "chip.name: found ''"),
+        ({"name": "x", "cells": {"table": "rram_a", "extrapolate": True}}, "olmoe", -274, "at least -273.15 C"),
+        (CHIPS["table1"], "olmoe", math.nan, "chip table1: found nan C"),
     ],
 )
 def test_a_chip_that_cannot_be_is_refused_in_one_line(section, model, temperature, message):
     with pytest.raises(InputError) as error:
         build(section, model, temperature)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "level, header, missing, expected",
+    [
+        ("cells", "temperature_c,g_target_us,g_read_ns", "g_read_us", "temperature_c, g_target_us, g_read_us"),
+        ("cells", "temperature_c,g_target_us,g_read_us_old", "g_read_us", "g_target_us, g_read_us, separated"),
+        ("cells", "temperature_c;g_target_us;g_read_us", "temperature_c", "g_read_us, separated by commas"),
+        ("cells", "", "temperature_c", "temperature_c, g_target_us, g_read_us"),
+        ("cells", "temperature_c,g_us,mean_delta_us,sigma", "sigma_us", "g_us, mean_delta_us, sigma_us, cells"),
+        ("columns", "temperature_c,column,y_ideal", "y_measured", "column, y_ideal, y_measured"),
+        ("columns", "temperature_c,column,gain", "residual_std", "column, gain, residual_std"),
+    ],
+)
+def test_a_misspelt_column_is_missed_in_the_format_that_the_file_has(tmp_path, level, header, missing, expected):
+    path = tmp_path / "mychip.csv"
+    path.write_text(header + "\n")
+    with pytest.raises(InputError) as error:
+        build({"name": "x", level: str(path), "adc": {}}, "olmoe", 25)
+    text = str(error.value)
+    assert text.startswith(f"{path}: header row: column '{missing}' is missing") and expected in text
 
 
 def test_extrapolation_is_done_where_it_is_asked_for():

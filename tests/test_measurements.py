@@ -174,6 +174,14 @@ def test_gains_are_recovered_without_their_unit_and_offset():
     assert errors.columns.tolist() == [3]
 
 
+@pytest.mark.parametrize("ideal, measured", [(1e-300, 1e-300), (1e30, 1e30), (1e-200, 1e30), (1e30, 1e-200)])
+def test_any_unit_of_the_outputs_gives_the_same_errors(ideal, measured):
+    frame = mvm_frame(np.random.default_rng(5), residual=0.1)
+    scaled = frame.assign(y_ideal=ideal * frame["y_ideal"], y_measured=measured * frame["y_measured"])
+    expected, found = (ColumnErrors.from_mvm(f, "mychip").at(25) for f in (frame, scaled))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_residual_is_relative_to_the_rms_of_the_ideal_output():
     count, residual = 2000, 0.2
     frame = mvm_frame(np.random.default_rng(1), gains=(1.0,) * 20, residual=residual, count=count)
@@ -257,6 +265,9 @@ REFUSED = [  # reader, header, rows, what the line holds
     (read_cells, CELLS, ["25,1,1", "", "25,1,1"], ("row 2", "'temperature_c'", "0 fields")),
     (read_cells, CELLS, ["25,1,1", "25,1,nan"], ("row 2", "'g_read_us'", "'nan'", "microsiemens")),
     (read_cells, CELLS, ["25,1,1", "25,inf,1"], ("row 2", "'g_target_us'", "'inf'", "microsiemens")),
+    (read_cells, CELLS, ["25,1,1", "25,1,1e300"], ("row 2", "'g_read_us'", "'1e300'", "microsiemens")),
+    (CellTable.read, TABLE, ["25,1,-1e31,1,10"], ("row 1", "'mean_delta_us'", "'-1e31'", "microsiemens")),
+    (ColumnErrors.read, COLUMNS, ["25,0,1,1e300", "25,1,1,0"], ("row 1", "'residual_std'", "'1e300'")),
     (read_cells, CELLS, ["25,1,"], ("row 1", "'g_read_us'", "''", "microsiemens")),
     (read_cells, CELLS, ["room,1,1"], ("row 1", "'temperature_c'", "'room'", "degrees Celsius")),
     (read_cells, CELLS, ["-300,1,1"], ("row 1", "'temperature_c'", "'-300'", "-273.15")),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
+from romer.chips.pcm import Pcm
 from romer.errors import InputError
 from romer.noise import ColumnGain, Conductance, Draws, Drift, NoiseModel, Proportional, generator, slot_name
 
@@ -165,6 +166,7 @@ ERRORS = {
     "drift": Drift(0.05, 0.02, 1e4),
     "cells": Conductance(spread, 1.0, 26.0),
     "columns of cells": Conductance(spread, 1.0, 26.0, "column", compensate=True),
+    "pcm": Conductance(Pcm(3600.0), 0.0, 25.0, "column", compensate=True),
 }
 every_error = pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 
@@ -224,8 +226,7 @@ def test_errors_depend_on_their_key_alone(error):
             state = torch.get_rng_state()
             for name in reversed(layers):
                 noise.realise("other", WEIGHT, 0)
-                # Sums of w_max and of compensation run over threads: their last bits may differ.
-                torch.testing.assert_close(noise.realise(name, layers[name], 0), first[name], rtol=1e-6, atol=1e-6)
+                assert torch.equal(noise.realise(name, layers[name], 0), first[name])
             assert torch.equal(torch.get_rng_state(), state)
         finally:
             torch.set_num_threads(threads)
@@ -233,6 +234,31 @@ def test_errors_depend_on_their_key_alone(error):
     assert all(torch.equal(noise.realise(name, w, 0), first[name]) for name, w in layers.items())
     for i, w in enumerate(EXPERTS):  # an expert slot is an array of its own, with a range and columns of its own
         assert torch.equal(noise.realise(slot_name("e", i), w, 0), first["e"][i])
+
+
+@every_error
+def test_the_number_of_threads_does_not_reach_the_last_bit(error):
+    """Odd sizes: what a thread is left with at the end of its share must be computed as the rest."""
+    noise, threads = NoiseModel(errors=(error,)), torch.get_num_threads()
+    weight = torch.randn(513, 577, generator=torch.Generator().manual_seed(8))
+    try:
+        torch.set_num_threads(1)
+        alone = noise.realise("w", weight, 0)
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            assert torch.equal(noise.realise("w", weight, 0), alone), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_error
+@pytest.mark.parametrize("outputs", [0, 1])
+def test_rows_that_are_written_later_change_nothing(error, outputs):
+    """A KV cache: a token's key and value are written once, whatever comes after them."""
+    noise, rows = NoiseModel(0.05, errors=(error,)), torch.randn(401, 7, generator=torch.Generator().manual_seed(9))
+    whole = noise.store(rows, DRAWS, outputs, 3.0)
+    for length in (1, 2, 5, 9, 100, 399):
+        assert torch.equal(noise.store(rows[:length], DRAWS, outputs, 3.0), whole[:length]), length
 
 
 @every_error

@@ -48,14 +48,16 @@ def test_contract_of_the_output(results):
     # Clean once, two realisations of everything else; of the joint map one.
     assert len(records[records.task == "ppl:heldout"]) == 8 * (1 + 2 * 10)
     assert len(records[records.task == "ppl:ablation"]) == 4 * (1 + 2 * (1 + 5 + 5)) + 5 * 5
-    probes = {"routing": 4 * 4, "scaled": 4 * 12, "transfer": 4 * 4, "unnoised": 4 * 4}
-    probes |= {"parts": 2 * (3 + 3 + 4 + 5), "perturbed": (3 + 4 + 4) + 3 * (1 + 2 + 2)}  # by what each model has
+    probes = {"routing": 4, "scaled": 12, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
     assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
-    for name in ("table1", "table4", "models", "calibration", "routing"):
+    named = "table1 table3 table4 table4_map comparisons fig3 fig3_causes models calibration routing".split()
+    for name in named:
         assert all((results / "tables" / f"{name}.{kind}").stat().st_size for kind in ("csv", "md", "tex"))
-    for name in ("fig2", "fig5"):
+    for name in ("fig2", "fig3", "fig3_causes", "fig5", "front", "table4_map"):
         assert all((results / "figures" / f"{name}.{kind}").stat().st_size for kind in ("png", "svg"))
+    ledger = pd.read_csv(results / "claims" / "claims.csv")
+    assert len(ledger) >= 20 and (ledger.basis == "measured").any() and (results / "claims" / "claims.html").exists()
     assert len(list((results / "wandb").glob("offline-run-*"))) >= len(records)
 
 
@@ -64,6 +66,7 @@ def test_calibration_meets_its_target(results):
     files = [f for chip in chips for f in results.glob(f"calibrate/{chip}/*/*/calibration.json")]
     fits = [json.loads(f.read_text()) for f in files]
     assert len(fits) == 8 + 4 + 2
+    assert (results / "calibrate/table3/deepseek/85/calibration.json").exists()
     for fit in fits:
         assert abs(fit["kl"] / fit["kl_target"] - 1) < 0.02 and fit["evaluations"] <= 12
         assert fit["sigma_low"] <= fit["sigma_dev"] <= fit["sigma_high"]

@@ -183,7 +183,7 @@ def test_table1_is_printed_narrow_and_kept_whole(tmp_path, headline):
     assert {f"{m}.{c}" if m else c for m, c in headline.columns} == set(pd.read_csv(csv).columns)
     heading = ["T (C)", "method", "measured", "draws", "recovered", "paper", "paper recovered", "cells"]
     assert md.read_text().count("| " + " | ".join(heading) + " |\n") == 4
-    assert "| 25 | bit_slicing | 20.00 | 1 | 0.000 | 10.86 | 0.599 | 8 |" in md.read_text()
+    assert "| 25 | bit_slicing | 20.00 | 1 | 0.000 | 10.86 | 0.598 | 8 |" in md.read_text()
     assert tex.read_text().count(" & ".join(heading)) == 4
 
 

@@ -8,8 +8,10 @@ A chip is known at one or several levels: its cells (a table of measured conduct
 measured or implied by a published table). docs/chips.md says how to bring one.
 """
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +19,16 @@ import torch
 
 from romer import published
 from romer.adc import Adc
+from romer.chips.formats import CELL_TABLE, COLUMN_TABLE, MVM
+from romer.chips.formats import CELLS as CELLS_FILE
 from romer.chips.measurements import CellTable, ColumnErrors, end_to_end_target, read_cells, read_end_to_end, read_mvm
 from romer.chips.pcm import Pcm
 from romer.errors import InputError
 from romer.noise import ColumnGain, Conductance, Draws, Drift, Error
 
 DATA = Path(__file__).parent / "data"
+ABSOLUTE_ZERO_C = -273.15
+NAME = r"[A-Za-z0-9][\w.-]*"
 LEVELS = ("published", "cells", "pcm", "drift", "columns", "end_to_end", "adc")
 
 
@@ -75,6 +81,12 @@ def build(section: Mapping, model: str, temperature_c: float) -> Chip:
     temperature outside the measured ones, and for a section that says nothing.
     """
     name = section.get("name", "chip")
+    if not re.fullmatch(NAME, str(name)):  # results are written to a folder of this name
+        raise InputError(
+            f"chip.name: found {name!r}, expected letters, digits, '_', '-' and '.', a letter or digit first"
+        )
+    if not ABSOLUTE_ZERO_C <= temperature_c < math.inf:
+        raise InputError(f"chip {name}: found {temperature_c:g} C, expected a temperature of at least -273.15 C")
     unknown = set(section) - {*LEVELS, "name", "models", "temperatures"}
     if unknown:
         raise InputError(f"chip {name}: unknown setting {sorted(unknown)[0]!r}, expected {', '.join(LEVELS)}")
@@ -165,18 +177,20 @@ def files(section: Mapping) -> dict[str, Path]:
 def table_path(name: str) -> Path:
     """A table of the package by its name, or a user's file by its path."""
     path = DATA / f"{name}.csv"
-    if "/" not in name and path.exists():
-        return path
-    return Path(os.path.expanduser(name))
+    return path if path in DATA.iterdir() else Path(os.path.expanduser(name))
 
 
-def _header(path: Path) -> str:
-    """The first line of a file; empty where there is none, so that the reader of the file says what is wrong."""
+def _is_derived(path: Path, derived: Sequence[str], single: Sequence[str]) -> bool:
+    """Whether a file is a derived table rather than single measurements: it has more of the former's columns.
+
+    False where it cannot be read, so that its reader says what is wrong.
+    """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return file.readline()
+            header = {name.strip() for name in file.readline().split(",")}
     except (OSError, ValueError):
-        return ""
+        return False
+    return len(header & set(derived)) > len(header & set(single))
 
 
 def _between(table: CellTable | ColumnErrors, temperature_c: float, notes: list[str]) -> None:
@@ -188,8 +202,8 @@ def _between(table: CellTable | ColumnErrors, temperature_c: float, notes: list[
 def _cells(chip: str, given: str | Mapping, temperature_c: float, notes: list[str]) -> Conductance:
     o = _settings(chip, "cells", given, CELLS)
     path = table_path(o["table"])
-    single = "g_read_us" in _header(path)
-    table = CellTable.from_cells(read_cells(path), o["table"]) if single else CellTable.read(path)
+    derived = _is_derived(path, CELL_TABLE, CELLS_FILE)
+    table = CellTable.read(path) if derived else CellTable.from_cells(read_cells(path), o["table"])
     table = replace(table, name=o["table"])
     grid, mean, sigma = (torch.tensor(v, dtype=torch.float32) for v in table.at(temperature_c, o["extrapolate"]))
     _between(table, temperature_c, notes)
@@ -197,8 +211,8 @@ def _cells(chip: str, given: str | Mapping, temperature_c: float, notes: list[st
     g_min, g_max = (low if o["g_min_us"] is None else o["g_min_us"]), (high if o["g_max_us"] is None else o["g_max_us"])
     if not low <= g_min < g_max <= high:
         raise InputError(
-            f"{path}: column 'g_us': found {low:g} to {high:g} µS, which does not cover the conductance range"
-            f" {g_min:g} to {g_max:g} µS of chip {chip}"
+            f"{path}: column {'g_us' if derived else 'g_target_us'!r}: found {low:g} to {high:g} µS, expected the"
+            f" conductance range g_min_us to g_max_us of chip {chip} within it, found {g_min:g} to {g_max:g} µS"
         )
     return Conductance(MeasuredCells(grid, mean, sigma), g_min, g_max, *(o[name] for name in MAPPING))
 
@@ -215,8 +229,8 @@ def _pcm(chip: str, given: Mapping, temperature_c: float) -> Conductance:
 def _columns(chip: str, given: str | Mapping, temperature_c: float, notes: list[str]) -> tuple[float, float]:
     o = _settings(chip, "columns", given, COLUMNS)
     path = table_path(o["table"])
-    single = "y_measured" in _header(path)
-    table = ColumnErrors.from_mvm(read_mvm(path), o["table"]) if single else ColumnErrors.read(path)
+    derived = _is_derived(path, COLUMN_TABLE, MVM)
+    table = ColumnErrors.read(path) if derived else ColumnErrors.from_mvm(read_mvm(path), o["table"])
     table = replace(table, name=o["table"])
     _between(table, temperature_c, notes)
     return table.at(temperature_c, o["extrapolate"])

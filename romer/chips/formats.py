@@ -17,11 +17,13 @@ import pandas as pd
 
 from romer.errors import InputError
 
+LARGEST = 1e30  # what is larger in magnitude leaves float32 as soon as it is computed with
+
 
 def _number(minimum: float = -math.inf, excluded: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = float(text)
-        if not math.isfinite(value) or value < minimum or (excluded and value == minimum) or "_" in text:
+        if not abs(value) <= LARGEST or value < minimum or (excluded and value == minimum) or "_" in text:
             raise ValueError
         return value
 
@@ -53,8 +55,8 @@ COLUMNS: dict[str, tuple[str, Callable]] = {  # name -> (what is expected in it,
     "sigma_us": ("a standard deviation in microsiemens, at least 0", _number(0.0)),
     "cells": ("a number of cells, at least 1", _count),
     "column": ("the name or number of a column of the array", _label),
-    "y_ideal": ("the product in exact arithmetic, a finite number", _number()),
-    "y_measured": ("the chip's output, a finite number", _number()),
+    "y_ideal": ("the product in exact arithmetic, a finite number up to 1e30", _number()),
+    "y_measured": ("the chip's output, a finite number up to 1e30", _number()),
     "gain": ("a gain above 0", _number(0.0, excluded=True)),
     "residual_std": ("a residual relative to the rms of the ideal output, at least 0", _number(0.0)),
     "model": ("the name of a model", _label),
@@ -81,14 +83,15 @@ def read_csv(path: str | Path, columns: Sequence[str], optional: Sequence[str] =
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError(f"{path}: no such file, expected a CSV file with the columns {', '.join(columns)}") from None
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        found = "a directory" if isinstance(error, IsADirectoryError) else "no such file"
+        raise InputError(f"{path}: {found}, expected a CSV file with the columns {', '.join(columns)}") from None
+    except (csv.Error, OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a NUL in the path
         raise InputError(f"{path}: cannot be read ({error}), expected a CSV file in UTF-8") from None
     while rows and not rows[-1]:  # blank lines at the end
         rows.pop()
     header = [name.strip() for name in rows[0]] if rows else []
-    wanted = f"expected the columns {', '.join(columns)}"
+    wanted = f"expected the columns {', '.join(columns)}, separated by commas"
     for name in columns:
         if name not in header and name not in optional:
             found = ", ".join(header) or "an empty header"

@@ -250,9 +250,9 @@ class ColumnErrors:
         if (columns < 2).any():
             found = f"1 column at {columns.index[columns < 2][0]:g} C"
             raise InputError(f"{source}: column 'column': found {found}, expected at least 2 to compare gains")
-        gain = frame.groupby("temperature_c")["gain"]
+        gain = frame["gain"] / frame.groupby("temperature_c")["gain"].transform("mean")
         residual = (frame["residual_std"] ** 2).groupby(frame["temperature_c"]).mean() ** 0.5
-        spread = (gain.std() / gain.mean()).to_numpy()
+        spread = gain.groupby(frame["temperature_c"]).std().to_numpy()
         return cls(name, tuple(map(float, columns.index)), spread, residual.to_numpy(), columns.to_numpy())
 
     def at(self, temperature_c: float, extrapolate: bool = False) -> tuple[float, float]:
@@ -288,11 +288,12 @@ def fit_columns(frame: pd.DataFrame, name: str) -> pd.DataFrame:
             )
         if np.ptp(ideal) == 0:
             raise InputError(f"{name}: column 'y_ideal': found only {ideal[0]:g} in all rows {where}, expected a range")
-        centred = ideal - ideal.mean()
-        gain = centred @ measured / (centred @ centred)
-        if gain <= 0:
+        unit = np.abs(ideal).max()  # so that no square leaves the numbers' range, whatever the unit
+        centred = (ideal - ideal.mean()) / unit
+        gain = centred @ measured / (centred @ centred) / unit
+        if not 0 < gain < math.inf:
             raise InputError(f"{name}: column 'y_measured': found a gain of {gain:g} in the rows {where}, expected > 0")
-        residual = measured - measured.mean() - gain * centred
-        residual_std = math.sqrt(residual @ residual / (len(part) - 2)) / (gain * math.sqrt(np.mean(ideal**2)))
+        residual = (measured - measured.mean()) / gain / unit - centred
+        residual_std = math.sqrt(residual @ residual / (len(part) - 2) / np.mean((ideal / unit) ** 2))
         rows.append((t, column, gain, residual_std))
     return pd.DataFrame(rows, columns=list(COLUMN_TABLE))

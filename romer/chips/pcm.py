@@ -4,7 +4,8 @@ the formulas as in Nandakumar et al. 2019, DOI 10.1109/ICECS46596.2019.8964852).
     cells = Pcm(seconds=3600)
     noise = NoiseModel(errors=(Conductance(cells, 0.0, Pcm.G_MAX_US, compensate=True),))
 
-Programming spread, drift and read noise of a cell, by its target conductance; measured at room temperature.
+Programming spread, drift and read noise of a cell, by its target conductance; measured at room temperature. Powers are
+exponentials of logarithms here, because the last bit of torch's pow depends on a number's place in its tensor.
 """
 
 import math
@@ -40,7 +41,7 @@ class Pcm:
         conductance = (target + self.programming_sigma(g) * draws.normal(f"{kind} programming", target)).clamp(min=0)
         if self.seconds > self.T_REFERENCE:
             nu = self.drift_mean(g) + self.drift_sigma(g) * draws.normal(f"{kind} drift", target)
-            conductance = conductance * (self.seconds / self.T_REFERENCE) ** -nu.clamp(min=0)
+            conductance = conductance * (-math.log(self.seconds / self.T_REFERENCE) * nu.clamp(min=0)).exp()
         if self.read:
             sigma = conductance * self.read_q(g) * self.read_time(self.seconds)
             conductance = (conductance + sigma * draws.normal(f"{kind} read", target)).clamp(min=0)
@@ -64,7 +65,7 @@ class Pcm:
     @staticmethod
     def read_q(g: torch.Tensor) -> torch.Tensor:
         """Q of the 1/f read noise, of g = G / 25 µS."""
-        return (0.0088 / g**0.65).clamp(max=0.2)
+        return (0.0088 * (-0.65 * g.log()).exp()).clamp(max=0.2)
 
     @classmethod
     def read_time(cls, seconds: float) -> float:

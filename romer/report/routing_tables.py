@@ -59,9 +59,7 @@ def perturbation(records: pd.DataFrame) -> pd.DataFrame:
         here = rows[rows["model"] == model]
         shares = {read.get("perturbed") for read in here["read"]}
         if None in shares:
-            raise InputError(
-                f"records: options of {model} in ppl:perturbed lack perturbed, expected a share in every row"
-            )
+            raise InputError(f"records: options of {model} in ppl:perturbed lack perturbed, expected a share")
         for share in sorted(shares):
             for method in COMPARED:
                 chosen = _with(here, method, {"perturbed": share})

@@ -47,7 +47,7 @@ def perplexities(records: pd.DataFrame, task: str, chip: str | None = None) -> p
     if len(bad):
         where = "{model}, {method} at {temperature_c} C, realisation {realisation}".format(**bad.iloc[0])
         raise InputError(f"records: perplexity of {where} is {bad['value'].iloc[0]}, expected a finite positive number")
-    return rows
+    return rows.reset_index(drop=True)
 
 
 def only(rows: pd.DataFrame, column: str, what: str):

@@ -46,12 +46,21 @@ class Comparison:
         return Converter(adc, calibrate_ranges(self.model, self.ids, adc, self.job.placement, *self.shape))
 
     def measure(self, noise: NoiseModel) -> dict:
-        """KL(clean ‖ noisy) in nats per token and each layer's relative error, for every realisation."""
+        """KL(clean ‖ noisy) in nats per token and each layer's relative error, for every realisation.
+
+        Raises InputError where a value is not finite: errors so large that the model overflows.
+        """
         kl, layers = [], []
         for r in range(self.size.realisations):
             with program(self.model, noise, CALIBRATION_REALISATIONS + r, self.job.placement):
                 with compared_layers(self.model, self.layers) as errors:
                     kl.append(kl_divergence(self.model, self.ids, self.reference, *self.shape))
+            if not all(map(math.isfinite, (kl[-1], *errors.relative))):
+                what = f"sigma_dev = {noise.sigma_dev:.4g}" if noise.sigma_dev else "its own errors"
+                raise InputError(
+                    f"chip {self.job.chip.name} at {self.job.chip.temperature_c:g} C: under {what} the model's KL is"
+                    f" {kl[-1]} and its layers err by up to {max(errors.relative)}, expected finite numbers"
+                )
             layers.append(errors.relative)
         return {"mean_kl": statistics.mean(kl), "kl": kl, "layers": layers}
 
@@ -156,20 +165,20 @@ def main(job: Job, run: Run) -> None:
     converter = comparison.converter(chip.adc)
     own = NoiseModel(0.0, cfg.seed, chip.errors, converter)  # the chip itself, as far as it was measured
     what = {"chip": job.config["chip"], "adc": adc_key(chip.adc)}
-    simulated = comparison.point(what, "chip", lambda: comparison.measure(own)) if chip.kl_target is None else None
-    target = chip.kl_target if simulated is None else simulated["mean_kl"]
+    # Also beside a measured target: how much of it the chip's own errors explain.
+    simulated = comparison.point(what, "chip", lambda: comparison.measure(own)) if chip.errors else None
+    target = simulated["mean_kl"] if chip.kl_target is None else chip.kl_target
     found, seen = fit(comparison, target, converter)
     fitted = seen[found.sigma_dev]
     rows = layer_rows("noise model", fitted["layers"])
-    chip_layers, across = None, None
+    measured = None if chip.layer_error is None else [list(chip.layer_error)]
+    chip_layers, across = measured or (simulated["layers"] if simulated else None), None
+    if chip_layers is not None:
+        rows += layer_rows("chip", chip_layers)
+        chip_layers = means(chip_layers)
     if simulated is not None:
-        chip_layers = means(simulated["layers"])
-        rows += layer_rows("chip", simulated["layers"])
         model = NoiseModel(found.sigma_dev, cfg.seed, (), converter)
         across = comparison.point(what | {"across": found.sigma_dev}, "across", lambda: comparison.between(own, model))
-    elif chip.layer_error is not None:
-        chip_layers = list(chip.layer_error)
-        rows += layer_rows("chip", [chip_layers])
     identified = identify(comparison, target, bits, chip_layers)
     result = {
         "sigma_dev": found.sigma_dev,
@@ -178,6 +187,7 @@ def main(job: Job, run: Run) -> None:
         "slope": found.slope,
         "kl": found.kl,
         "kl_target": target,
+        "kl_simulated": simulated["mean_kl"] if simulated else None,
         "kl_chip_model": across["mean_kl"] if across else None,
         "layer_distance": log_distance(means(fitted["layers"]), chip_layers) if chip_layers else None,
         "evaluations": found.evaluations,

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from safetensors.torch import load_file
 
 from romer import published
 from romer.cli import conf_folder
-from romer.report import figures, tables
+from romer.report import (
+    benchmarks,
+    claims,
+    comparisons,
+    figures,
+    hardware,
+    routing_figures,
+    routing_tables,
+    tables,
+)
 from romer.stages.job import Job, application
 from romer.store import verify, write_atomic
 from romer.tracking import Run
@@ -30,7 +40,7 @@ def artifacts(
     for chip in chips:
         section = yaml.safe_load((conf_folder() / "chip" / f"{chip}.yaml").read_text())
         for model, temperature in product(section["models"], temperatures or section["temperatures"]):
-            if model in (models or job.cfg.profile.models):
+            if model in (job.cfg.profile.models if models is None else models):
                 folder = job.root / stage / chip / model / str(temperature)
                 manifest = verify(folder)
                 shared = {"text": "text", "standin": f"standin/{model}"}
@@ -61,32 +71,40 @@ def quality(job: Job) -> pd.DataFrame:
     return table
 
 
-def heatmap(job: Job, folder: Path) -> None:
-    """Figure 5 for the profile's model and operating point."""
+def activations(job: Job) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
+    """(load of each expert: clean, noisy, romer; cold experts; title) at the profile's operating point for heatmaps."""
     chosen = job.cfg.profile.heatmap
     at = Path(chosen.chip) / chosen.model / str(chosen.temperature)
     before = load_file(job.root / "profile" / at / "activation.safetensors")
     after = load_file(job.root / "plan" / at / "activation.safetensors")
-    shown = {
-        "clean": before["clean_magnitude"].numpy(),
-        "vanilla": before["noisy_magnitude"].numpy(),
-        "romer": after["magnitude"].numpy(),
-    }
+    loads = {name: before[f"{name}_magnitude"].numpy() for name in ("clean", "noisy")}
     title = f"{chosen.model}, chip {chosen.chip}, {chosen.temperature} °C"
-    figures.fig5_heatmaps(shown, np.asarray(after["cold"]), folder, "fig5", title)
+    return loads | {"romer": after["magnitude"].numpy()}, np.asarray(after["cold"]), title
 
 
-@application("report")
-def main(job: Job, run: Run) -> None:
-    """Writes tables/, figures/ (each with its manifest) and records.parquet below results/<profile>."""
+@dataclass(frozen=True)
+class Calibrations:
+    """What was fitted at every operating point: the fits, their KL curves and layer errors, and what an ADC of other
+    resolutions would say; n and λ; the routers under noise."""
+
+    fits: pd.DataFrame
+    curves: pd.DataFrame
+    layers: pd.DataFrame
+    identified: pd.DataFrame
+    routing: pd.DataFrame
+
+
+def calibrations(job: Job) -> Calibrations:
+    """Reads them from the artifacts of calibrate, plan and profile."""
     size = job.cfg.profile
-    models = quality(job)
-    measured = [*artifacts(job, "evaluate", size.evaluated_chips), *artifacts(job, "ablate", size.ablated_chips)]
-    measured += artifacts(job, "probe", [size.probe.chip], temperatures=[size.probe.temperature])
-    records = pd.concat([pd.read_parquet(folder / "records.parquet") for _, folder in measured], ignore_index=True)
-    fits, curves, layers, identified, chosen, routing = [], [], [], [], [], []
-    measured_chips = artifacts(job, "calibrate", size.measured_chips, size.measured_models)
-    for at, folder in [*artifacts(job, "calibrate", size.chips), *measured_chips]:
+    marked = [
+        *artifacts(job, "calibrate", size.chips),
+        *artifacts(job, "calibrate", [size.costed.chip], size.costed.models),
+        *artifacts(job, "calibrate", [size.benchmark.chip], size.benchmark.models),
+        *artifacts(job, "calibrate", size.measured_chips, size.measured_models),
+    ]
+    fits, curves, layers, identified = [], [], [], []
+    for at, folder in marked:
         found = json.loads((folder / "calibration.json").read_text())
         found |= {"adc_bits": (found.pop("adc") or {}).get("bits"), "notes": "; ".join(found["notes"])}
         found = {k: v for k, v in found.items() if v is not None and v != ""}
@@ -94,38 +112,136 @@ def main(job: Job, run: Run) -> None:
         curves.append(placed(pd.read_csv(folder / "kl_curve.csv"), at))
         layers.append(placed(pd.read_csv(folder / "layers.csv"), at))
         identified.append(placed(pd.read_csv(folder / "identifiability.csv"), at))
-    for at, folder in artifacts(job, "plan", size.chips):
-        plan = json.loads((folder / "plan.json").read_text())
-        chosen.append(placed(pd.DataFrame([{k: plan[k] for k in ("n_replace", "strength")}]), at))
-    for at, folder in artifacts(job, "profile", size.chips):
-        routing.append(placed(pd.read_csv(folder / "routing.csv"), at))
-    text_name = json.loads((job.read("text") / "about.json").read_text())["name"]
-    text_name += f" in contexts of {size.window} tokens without BOS"
-    with job.write(job.root / "tables") as folder:
-        for name, build in {"table1": tables.table1, "table4": tables.table4}.items():
-            if name in set(records.chip):
-                caption = tables.caption(
-                    records, f"Table {name[-1]}.", name, text_name, f"models: {job.cfg.profile.what}"
-                )
-                tables.write(build(records, published.load(name)), folder, name, caption)
-        calibration = pd.concat(fits).merge(pd.concat(chosen), how="left", on=["chip", "model", "temperature_c"])
-        tables.write(
-            calibration, folder, "calibration", "Fitted noise per operating point; n and λ chosen on calibration text."
-        )
-        if len(rows := pd.concat(identified)):
-            words = "The σ_dev that meets the same KL target with an ADC of each resolution: KL cannot tell them apart."
-            tables.write(rows, folder, "identifiability", words)
-        tables.write(
-            models, folder, "models", f"The models: perplexity on {text_name}, PIQA accuracy, load over the mean."
-        )
-        mean = pd.concat(routing).groupby(["chip", "model", "temperature_c"], as_index=False).mean()
-        tables.write(
-            mean.drop(columns=["layer", "realisation"]), folder, "routing", "Routers under noise, mean over layers."
-        )
-    with job.write(job.root / "figures") as folder:
-        figures.fig2_kl(pd.concat(curves), pd.concat(fits), pd.concat(layers), folder, "fig2")
-        heatmap(job, folder)
+    chosen = [
+        placed(pd.DataFrame([{k: plan[k] for k in ("n_replace", "strength")}]), at)
+        for at, folder in artifacts(job, "plan", size.chips)
+        for plan in [json.loads((folder / "plan.json").read_text())]
+    ]
+    routing = [placed(pd.read_csv(folder / "routing.csv"), at) for at, folder in artifacts(job, "profile", size.chips)]
+    fits = pd.concat(fits).merge(pd.concat(chosen), how="left", on=["chip", "model", "temperature_c"])
+    rest = (pd.concat(parts, ignore_index=True) for parts in (curves, layers, identified, routing))
+    return Calibrations(fits, *rest)
+
+
+def hardware_costs(job: Job) -> pd.DataFrame:
+    """The rows of the hardware stage on the configured sheet; empty where the profile costs no model."""
+    size = job.cfg.profile
+    sheet = f"hardware/{job.cfg.hardware.name}"
+    found = [pd.read_csv(f / "cost.csv") for _, f in artifacts(job, sheet, [size.costed.chip], size.costed.models)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def overheads(costs: pd.DataFrame) -> pd.DataFrame | None:
+    """The costs of every method as fitted, one row a model, as the claims ledger takes them: of the paper's shapes
+    where they were costed."""
+    if costs.empty:
+        return None
+    shape = "checkpoint" if "checkpoint" in set(costs["shape"]) else "own"
+    means = costs[(costs["shape"] == shape) & costs["selected"]].groupby(["model", "method"], as_index=False)
+    found = means[["time_s", "power_w", "energy_j", "tile_mvms"]].mean()
+    plain = found[found["method"] == "vanilla"].set_index("model")["tile_mvms"]
+    found["extra_products"] = found["tile_mvms"] / found["model"].map(plain) - 1
+    return found.rename(columns={"time_s": "latency_s"})
+
+
+def write_tables(
+    job: Job, folder: Path, models: pd.DataFrame, records: pd.DataFrame, fitted: Calibrations, costs: pd.DataFrame
+) -> None:
+    """Every table of numbers, as csv, md and tex."""
+    size, text = job.cfg.profile, text_name(job)
+    what = f"models: {size.what}"
+    for name, build in {"table1": tables.table1, "table4": tables.table4}.items():
+        if name in set(records.chip):
+            words = tables.caption(records, f"Table {name[-1]}.", name, text, what)
+            tables.write(build(records, published.load(name)), folder, name, words)
+    if len(joint := tables.table4_map(records, published.load("table4"))):
+        title = "Table 4, n and λ together; every cell is a mean over the same realisations."
+        inside = records[records.method.isin(("clean", "romer"))]  # the caption counts the draws of the map
+        tables.write(joint, folder, "table4_map", tables.caption(inside, title, "table4", text, what))
+    if len(compared := comparisons.comparisons(records)):
+        tables.write(compared, folder, "comparisons", comparisons.caption(compared, text))
+    if len(perturbed := routing_tables.perturbation(records)):
+        words = f"Figure 3, left: perplexity on {text}, a share of every token's experts drawn at random."
+        tables.write(perturbed, folder, "fig3", words)
+        words = f"ln(ppl / ppl clean) on {text}, by where the noise acts."
+        tables.write(routing_tables.causes(records), folder, "fig3_causes", words)
+    if len(costs):
+        shape = "checkpoint" if "checkpoint" in set(costs["shape"]) else "own"
+        shapes = {
+            "checkpoint": "the paper's checkpoints, routing simulated from the stand-ins' load",
+            "own": "the models",
+        }
+        words = f"Table 3. Cost on {costs['hardware'].iloc[0]}, batches of {costs['batch'].iloc[0]} tokens; shapes of"
+        words += f" {shapes[shape]}; overheads over vanilla in per cent; perplexity on {text} of {what}."
+        tables.write(hardware.table3(costs, published.load("table3"), shape), folder, "table3", words)
+    words = "Fitted noise per operating point; n and λ chosen on calibration text."
+    tables.write(fitted.fits, folder, "calibration", words)
+    if len(fitted.identified):
+        words = "The σ_dev that meets the same KL target with an ADC of each resolution: KL cannot tell them apart."
+        tables.write(fitted.identified, folder, "identifiability", words)
+    words = f"The models: perplexity on {text}, PIQA accuracy, load over the mean."
+    tables.write(models, folder, "models", words)
+    mean = fitted.routing.groupby(["chip", "model", "temperature_c"], as_index=False).mean()
+    mean = mean.drop(columns=["layer", "realisation"])
+    tables.write(mean, folder, "routing", "Routers under noise, mean over layers.")
+
+
+def write_figures(job: Job, folder: Path, records: pd.DataFrame, fitted: Calibrations, costs: pd.DataFrame) -> None:
+    """Every figure, as png and svg."""
+    figures.fig2_kl(fitted.curves, fitted.fits, fitted.layers, folder, "fig2")
+    loads, cold, title = activations(job)
+    shown = {"clean": loads["clean"], "vanilla": loads["noisy"], "romer": loads["romer"]}
+    figures.fig5_heatmaps(shown, cold, folder, "fig5", title)
+    if len(perturbed := routing_tables.perturbation(records)):
+        routing_figures.fig3(perturbed, {c: loads[c] for c in ("clean", "noisy")}, folder, "fig3", title)
+        routing_figures.fig3_causes(routing_tables.causes(records), folder)
+    if len(joint := tables.table4_map(records, published.load("table4"))):
+        routing_figures.map4(joint, folder, title="qwen3, chip table4: perplexity over n and λ")
+    if len(costs):
+        hardware.front(costs, folder, "front", "own")
+
+
+def write_benchmarks(job: Job, tables_folder: Path, figures_folder: Path) -> None:
+    """Table 2 and figure 1, where the profile has them in its pipeline."""
+    size = job.cfg.profile
+    marks = [
+        pd.read_parquet(f / "records.parquet")
+        for _, f in artifacts(job, "benchmark", [size.benchmark.chip], size.benchmark.models)
+    ]
+    if marks:
+        marks = pd.concat(marks, ignore_index=True)
+        table = benchmarks.table2(marks, published.load("table2"))
+        benchmarks.write_table2(table, tables_folder, benchmarks.caption2(marks, f"models: {size.what}"))
+    at = size.generate
+    for _, folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
+        rows = json.loads((folder / "continuations.json").read_text())
+        benchmarks.figure1(rows, figures_folder, "Figure 1. Greedy continuations, clean, noisy and with ROMER.")
+
+
+def text_name(job: Job) -> str:
+    """What the evaluation text is called in captions."""
+    name = json.loads((job.read("text") / "about.json").read_text())["name"]
+    return f"{name} in contexts of {job.cfg.profile.window} tokens without BOS"
+
+
+@application("report")
+def main(job: Job, run: Run) -> None:
+    """Writes tables/, figures/ and claims/ (each with its manifest) and records.parquet below results/<profile>."""
+    size, models = job.cfg.profile, quality(job)
+    measured = [*artifacts(job, "evaluate", size.evaluated_chips), *artifacts(job, "ablate", size.ablated_chips)]
+    measured += artifacts(job, "probe", [size.probe.chip], size.probe.models, [size.probe.temperature])
+    records = pd.concat([pd.read_parquet(folder / "records.parquet") for _, folder in measured], ignore_index=True)
+    fitted, costs = calibrations(job), hardware_costs(job)
+    ledger = claims.ledger(records, fitted.routing, overheads(costs))
+    with job.write(job.root / "tables") as tables_folder, job.write(job.root / "figures") as figures_folder:
+        write_tables(job, tables_folder, models, records, fitted, costs)
+        write_figures(job, figures_folder, records, fitted, costs)
+        write_benchmarks(job, tables_folder, figures_folder)
+    with job.write(job.root / "claims") as folder:
+        claims.write(ledger, folder, f"Models: {size.what}. Text: {text_name(job)}.")
     buffer = io.BytesIO()
     records.to_parquet(buffer, index=False)
     write_atomic(job.root / "records.parquet", buffer.getvalue())
-    run.summary({"records": len(records), **{f"perplexity/{r.model}": r.perplexity for r in models.itertuples()}})
+    perplexities = {f"perplexity/{row.model}": row.perplexity for row in models.itertuples()}
+    run.summary({"records": len(records), **perplexities, **claims.counts(ledger)})
+    job.say(claims.summary(ledger))

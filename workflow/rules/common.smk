@@ -67,8 +67,16 @@ def points(chips, models):
     ]
 
 
-POINTS = points(PROFILE["chips"], PROFILE["models"])
-PROBED = [(PROFILE["probe"]["chip"], model, PROFILE["probe"]["temperature"]) for model in PROFILE["models"]]
+COSTED = points([PROFILE["costed"]["chip"]], PROFILE["costed"]["models"])
+MARKED = points([PROFILE["benchmark"]["chip"]], PROFILE["benchmark"]["models"])
+POINTS = points(PROFILE["chips"], PROFILE["models"]) + COSTED + MARKED
+PROBED = [(PROFILE["probe"]["chip"], model, PROFILE["probe"]["temperature"]) for model in PROFILE["probe"]["models"]]
+DEFAULTS = yaml.safe_load(Path(workflow.basedir, "conf/config.yaml").read_text())
+CONTINUED = [
+    (PROFILE["generate"]["chip"], m, PROFILE["generate"]["temperature"]) for m in PROFILE["generate"]["models"]
+]
+SHEET = next(choice["hardware"] for choice in DEFAULTS["defaults"] if "hardware" in choice)
+WORKLOAD = DEFAULTS["workload"]
 CALIBRATED = POINTS + points(PROFILE["measured_chips"], PROFILE["measured_models"])
 MODELS = [*PROFILE["reference_models"], *PROFILE["models"]]
 
@@ -118,7 +126,15 @@ def estimate(cores):
     for _, model, _ in PROBED:
         shares = len(probe["perturbed"]) if model in probe["perturbed_models"] else 1
         tokens += size["fit"]["tokens"] + (5 + (around + 3 * shares) * probe["realisations"]) * probe["tokens"]
-    jobs = len(MODELS) + 3 * len(POINTS) + len(CALIBRATED) + len(PROBED)
+    tokens += (
+        len(COSTED)
+        * WORKLOAD["realisations"]
+        * (len(methods) + len(WORKLOAD["n_replace"]))
+        * size["costed"]["tokens"]
+    )
+    marks = size["benchmark"]
+    tokens += len(MARKED) * (1 + (len(methods) - 1) * marks["realisations"]) * 370 * (marks["items"] or 3000)
+    jobs = len(MODELS) + len(COSTED) + len(MARKED) + len(CONTINUED) + 3 * len(POINTS) + len(CALIBRATED) + len(PROBED)
     parallel = min(cores or 1, os.cpu_count() or 1)
     return (tokens / size["tokens_per_second"] + size["seconds_per_job"] * jobs) / parallel / 60
 
@@ -132,6 +148,6 @@ AT = "model={wildcards.model} chip={wildcards.chip} temperature={wildcards.tempe
 
 
 wildcard_constraints:
-    chip="|".join([*PROFILE["chips"], *PROFILE["measured_chips"]]),
+    chip="|".join(dict.fromkeys(chip for chip, _, _ in CALIBRATED)),
     model="|".join(MODELS),
     temperature=r"\d+",

@@ -160,3 +160,88 @@ rule probe:
         conf=CONF,
     shell:
         f"{ROMER} probe {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
+
+
+rule hardware:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/hardware/{SHEET}/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/hardware/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/hardware/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=CONF,
+        sheet=digest(f"conf/hardware/{SHEET}.yaml"),
+    shell:
+        f"{ROMER} hardware {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
+
+
+rule benchmark:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/benchmark/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/benchmark/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/benchmark/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=CONF,
+    shell:
+        f"{ROMER} benchmark {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
+
+
+rule generate:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/generate/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/generate/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/generate/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=CONF,
+    shell:
+        f"{ROMER} generate {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"

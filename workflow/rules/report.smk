@@ -9,9 +9,13 @@ rule report:
         evaluate=at_points(f"{ROOT}/evaluate/{OPERATING_POINT}", PROFILE["evaluated_chips"]),
         ablate=at_points(f"{ROOT}/ablate/{OPERATING_POINT}", PROFILE["ablated_chips"]),
         probe=at_points(f"{ROOT}/probe/{OPERATING_POINT}", among=PROBED),
+        hardware=at_points(f"{ROOT}/hardware/{SHEET}/{OPERATING_POINT}", among=COSTED),
+        benchmark=at_points(f"{ROOT}/benchmark/{OPERATING_POINT}", among=MARKED),
+        generate=at_points(f"{ROOT}/generate/{OPERATING_POINT}", among=CONTINUED),
     output:
         report(directory(f"{ROOT}/tables"), patterns=["{name}.csv"], category="tables"),
         report(directory(f"{ROOT}/figures"), patterns=["{name}.png"], category="figures"),
+        report(directory(f"{ROOT}/claims"), patterns=["{name}.csv"], category="claims"),
         records=f"{ROOT}/records.parquet",
     log:
         f"{ROOT}/logs/report.log",

@@ -1,0 +1,138 @@
+"""Compensated programming: arrays are written a block of inputs at a time and read back, and the error of what stands
+is made up for in what is still to be written.
+
+    encoding = Compensated(moments, block=32)
+    w = realise(encoding, NoiseModel(0.1), "model.layers.0.self_attn.q_proj.weight", weight, realisation=3)
+
+With inputs of second moment R, an error Δ costs tr(Δ R Δᵀ). Once the columns of a block B are fixed with error δ, the
+least cost is reached by shifting the targets of the columns C still to come by δ (R⁻¹)_BB⁻¹ (R⁻¹)_BC, the inverse being
+that over B and C alone: the second-order update of OBQ (Frantar and Alistarh 2022, arXiv:2208.11580) and GPTQ (Frantar
+et al. 2022, arXiv:2210.17323), with a device's programming error in place of a rounding error. It takes cells and run
+time as the plain layout does; what it needs is one read-back of every block, and writing blocks one after the other.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from romer.chips.pcm import Pcm
+from romer.errors import InputError
+from romer.moments import Moments, of
+from romer.noise import Conductance, Draws, Drift, NoiseModel
+
+DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
+
+
+class _Columns(Draws):
+    """The draws of some columns (inputs) of a whole array: a cell's error is the one it has in any other layout."""
+
+    def __init__(self, draws: Draws, shape: torch.Size):
+        super().__init__(draws.seed, draws.realisation, draws.tensor, draws.replica)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "columns", None)
+        object.__setattr__(self, "kept", {})
+
+    def at(self, columns: torch.Tensor) -> "_Columns":
+        """The same array, at these columns."""
+        object.__setattr__(self, "columns", columns)
+        return self
+
+    def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        """As `Draws.normal`, of the columns chosen."""
+        if not isinstance(like, torch.Tensor):
+            raise InputError(f"compensated programming: errors of kind {kind!r} are not those of single cells")
+        if kind not in self.kept:
+            self.kept[kind] = super().normal(kind, torch.empty(self.shape, device=like.device))
+        return self.kept[kind][:, self.columns]
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """block: inputs written at a time; read_error: standard deviation of one read-back of a cell, relative to the
+    largest |w| of the array; moments: of the inputs of each array.
+
+    Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
+    back is what was just written: drift and read noise come later. An expert that few tokens chose leans on all tokens
+    (see `romer.moments`). Raises InputError for settings out of range, an array without moments, and errors that belong
+    to whole columns.
+    """
+
+    moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
+    block: int = 32
+    read_error: float = 0.0
+
+    cells, products = 1.0, 1.0
+
+    def __post_init__(self):
+        if type(self.block) is not int or self.block < 1:
+            raise InputError(f"compensated programming: block: found {self.block!r}, expected an integer of at least 1")
+        if not (math.isfinite(self.read_error) and self.read_error >= 0):
+            found = f"read_error: found {self.read_error}"
+            raise InputError(f"compensated programming: {found}, expected a finite number ≥ 0")
+
+    def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """The values [out, in] as they act, float32."""
+        if (seen := of(self.moments, draws.tensor)) is None:
+            raise InputError(f"compensated programming: no calibration inputs of {draws.tensor}")
+        values = values.float()
+        if not values.any():
+            return values.clone()
+        pairs = [e for e in noise.errors if isinstance(e, Conductance)]
+        top = values.abs().max()
+        if any(e.scaling == "column" for e in pairs):
+            top = values.abs().amax(1, keepdim=True)
+        order, upper = factor(seen)
+        targets, acts = values[:, order].clone(), torch.empty_like(values)
+        cells, written = _Columns(draws, values.shape), as_written(noise)
+        for start in range(0, values.shape[1], self.block):
+            block = slice(start, start + self.block)
+            at, rest = order[block], slice(start + self.block, None)
+            acts[:, at] = noise.store(targets[:, block], cells.at(at), full_range=top)
+            if (later := targets[:, rest]).numel():
+                read = (
+                    acts[:, at] if written is noise else written.store(targets[:, block], cells.at(at), full_range=top)
+                )
+                if self.read_error:
+                    read = read + self.read_error * values.abs().max() * cells.normal("read back", read)
+                error = read - targets[:, block]  # [out, block]
+                scaled = torch.linalg.solve_triangular(upper[block, block], error, upper=True, left=False)
+                later += scaled @ upper[block, rest]
+        if any(e.compensate for e in pairs) and (total := acts.abs().sum()) > 0:
+            acts *= values.abs().sum() / total  # the mean decay, as `Conductance` takes it out of a whole array
+        return acts
+
+
+def as_written(noise: NoiseModel) -> NoiseModel:
+    """The errors that a read-back right after programming sees: no drift yet, and without the noise of that read."""
+    errors = tuple(
+        replace(e, cells=Pcm(Pcm.T_REFERENCE, read=False))
+        if isinstance(e, Conductance) and isinstance(e.cells, Pcm)
+        else e
+        for e in noise.errors
+        if not isinstance(e, Drift)
+    )
+    return noise if errors == noise.errors else replace(noise, errors=errors)
+
+
+_FACTORS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+KEPT = 8  # factors: neighbouring weights share moments
+
+
+def factor(seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order [in], U [in, in]): inputs by falling power, and the upper Cholesky factor of R⁻¹ = Uᵀ U in that order, R
+    the damped second moment; float32."""
+    if (known := _FACTORS.get(id(seen.second))) is not None and known[0] is seen.second:
+        return known[1:]
+    order = seen.power.argsort(descending=True, stable=True)
+    r = seen.second[order][:, order].double()
+    r.diagonal().add_(DAMPING * seen.power.mean().double() + 1e-30)
+    # R = V Vᵀ with V upper, out of a lower factor of R reversed; then R⁻¹ = Uᵀ U with U = V⁻¹, and likewise for what is
+    # left of R when its first inputs are fixed.
+    v = torch.linalg.cholesky(r.flip(0, 1)).flip(0, 1)
+    upper = torch.linalg.solve_triangular(v, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True).float()
+    while len(_FACTORS) >= KEPT:
+        _FACTORS.pop(next(iter(_FACTORS)))
+    _FACTORS[id(seen.second)] = (seen.second, order, upper)
+    return order, upper

@@ -1,0 +1,142 @@
+"""Compensated programming: less output error at the same cells, and the plain layout where it can do nothing."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from romer.chips.pcm import Pcm
+from romer.compensation import DAMPING, Compensated, as_written, factor
+from romer.encoding import PLAIN, Layout, realise
+from romer.errors import InputError
+from romer.moments import Moments, collect
+from romer.noise import ColumnGain, Conductance, Draws, Drift, NoiseModel
+from romer.programming import program
+
+SIGMA = 0.1
+NOISE = NoiseModel(SIGMA)
+WEIGHT = torch.randn(60, 96, generator=torch.Generator().manual_seed(0))
+
+
+def correlated(inputs=96, rank=6, tokens=4000, seed=1):
+    """Moments of inputs that lie near a few directions, as those of a language model do."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, rank, generator=g) @ torch.randn(rank, inputs, generator=g)
+    x = x + 0.2 * torch.randn(tokens, inputs, generator=g)
+    return Moments(x.T @ x / tokens, x.mean(0), tokens)
+
+
+SEEN = correlated()
+
+
+def loss(weight, seen=SEEN):
+    """E‖(W̃ - W) x‖²."""
+    error = (weight - WEIGHT).double()
+    return (error @ seen.second.double() * error).sum().item()
+
+
+def acts(encoding, noise=NOISE, realisation=0):
+    return realise(encoding, noise, "w", WEIGHT, realisation)
+
+
+def test_the_factor_is_that_of_the_inverse_in_the_order_of_power():
+    order, upper = factor(SEEN)
+    power = SEEN.power[order]
+    assert (power[1:] <= power[:-1]).all() and not upper.tril(-1).any()
+    r = SEEN.second[order][:, order].double()
+    r.diagonal().add_(DAMPING * SEEN.power.mean())
+    torch.testing.assert_close(upper.double().T @ upper.double() @ r, torch.eye(96).double(), rtol=0, atol=1e-3)
+
+
+def test_later_columns_take_the_least_squares_share_of_an_error():
+    """Against the closed form: with two blocks, the second is -δ R_BR R_RR⁻¹ away from its clean target."""
+    seen, noise = correlated(inputs=8, seed=3), NoiseModel(0.3)
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+    encoding = Compensated({"w": seen}, block=4)
+    found = encoding.store(noise, weight, Draws(0, 0, "w"))
+    order, _ = factor(seen)
+    first, second = order[:4], order[4:]
+    r = seen.second.double() + DAMPING * seen.power.mean() * torch.eye(8)
+    epsilon = Draws(0, 0, "w").normal("device", weight)
+    error = weight[:, first] * 0.3 * epsilon[:, first]
+    wanted = weight[:, second] - (error.double() @ r[first][:, second] @ torch.linalg.inv(r[second][:, second])).float()
+    torch.testing.assert_close(found[:, first], weight[:, first] + error, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[:, second], wanted * (1 + 0.3 * epsilon[:, second]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 8, 32])
+def test_it_undoes_most_of_the_output_error_of_correlated_inputs(block):
+    plain, found = loss(acts(PLAIN)), loss(acts(Compensated({"w": SEEN}, block)))
+    assert found < 0.5 * plain
+
+
+def test_independent_inputs_leave_nothing_to_do():
+    flat = Moments(torch.eye(96), torch.zeros(96), 1000)
+    torch.testing.assert_close(acts(Compensated({"w": flat})), acts(PLAIN), rtol=1e-5, atol=1e-6)
+
+
+def test_one_block_is_the_plain_layout_and_no_noise_is_the_clean_weight():
+    assert acts(Compensated({"w": SEEN}, block=96)).equal(acts(PLAIN))
+    torch.testing.assert_close(acts(Compensated({"w": SEEN}), NoiseModel(0.0)), WEIGHT)
+
+
+def test_errors_of_the_read_back_take_some_of_it_away():
+    exact, noisy, blind = (loss(acts(Compensated({"w": SEEN}, 8, e))) for e in (0.0, 0.02, 1.0))
+    assert exact < noisy < blind
+    assert noisy < loss(acts(PLAIN)) < blind  # a read-back that says nothing does harm
+
+
+@pytest.mark.parametrize("scaling", ["tensor", "column"])
+def test_measured_cells_keep_their_draws_and_their_range(scaling):
+    pairs = Conductance(lambda g, draws, kind: g + 0.8 * draws.normal(kind, g), 0.0, 25.0, scaling)
+    noise = NoiseModel(errors=(pairs,))
+    assert loss(acts(Compensated({"w": SEEN}, 8), noise)) < 0.5 * loss(acts(PLAIN, noise))
+    torch.testing.assert_close(acts(Compensated({"w": SEEN}, 96), noise), acts(PLAIN, noise), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_read_back_has_not_drifted_yet():
+    pcm = Conductance(Pcm(seconds=86400.0), 0.0, 25.0, compensate=True)
+    noise = NoiseModel(errors=(pcm, Drift(0.05, 0.01, 86400.0)))
+    (written,) = as_written(noise).errors
+    assert written.cells == Pcm(Pcm.T_REFERENCE, read=False) and as_written(NOISE) is NOISE
+    noise = replace(noise, errors=(pcm,))
+    assert loss(acts(Compensated({"w": SEEN}, 8), noise)) < loss(acts(PLAIN, noise))
+
+
+def test_experts_and_copied_slots_are_compensated_one_by_one(model, ids, bits):
+    moments, before = collect(model, ids, 64), bits(model)
+    with program(model, NOISE, layout=Layout(Compensated(moments))):
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert bits(model) != before
+    assert bits(model) == before
+
+
+def test_it_lowers_the_error_of_a_layer_of_a_model(olmoe, ids):
+    moments, seen = collect(olmoe, ids, 64), []
+    linear = olmoe.model.layers[1].self_attn.o_proj
+    handle = linear.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        olmoe.model(ids.view(4, 64), use_cache=False)
+    handle.remove()
+    y = linear(seen[0])
+    errors = []
+    for encoding in (PLAIN, Compensated(moments, 4)):
+        with program(olmoe, NOISE, layout=Layout(encoding)):
+            errors.append((linear(seen[0]) - y).square().mean().item())
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Compensated(block=0), "block: found 0"),
+        (lambda: Compensated(read_error=-0.1), "read_error: found -0.1"),
+        (lambda: Compensated(read_error=math.nan), "read_error: found nan"),
+        (lambda: acts(Compensated({})), "no calibration inputs of w"),
+        (lambda: acts(Compensated({"w": SEEN}), NoiseModel(errors=(ColumnGain(0.1),))), "kind 'column'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
