@@ -16,7 +16,7 @@ reproduce: $(INSTALLED)
 	$(RUN) .venv/bin/snakemake --cores $(CORES) --config profile=$(PROFILE) -- all
 
 test: $(INSTALLED)
-	$(RUN) .venv/bin/pytest -n 2 --dist loadgroup -m "not slow" -q --durations=15
+	$(RUN) .venv/bin/pytest -n 2 --no-loadscope-reorder -m "not slow" -q --durations=15
 
 # pytest exits 5 when it selects no test, which is no failure here.
 test-slow: $(INSTALLED)

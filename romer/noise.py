@@ -45,13 +45,13 @@ class Draws:
     replica: int = 0
 
     def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
-        """N(0, 1) draws of a kind: float32, of the shape (and on the device) of `like`; not to be written to.
+        """N(0, 1) draws of a kind: float32, of the shape (and on the device) of `like`.
 
         The first rows of a longer draw are those of a shorter one.
         """
         shape = tuple(like.shape) if isinstance(like, torch.Tensor) else like
         drawn = _drawn(self.seed, self.realisation, self.tensor, self.replica, kind, shape)
-        return drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
+        return drawn.to(like.device, copy=True) if isinstance(like, torch.Tensor) else drawn.clone()
 
 
 # Layouts of one realisation share most draws, and drawing is a third of the work of programming: the latest are kept.

@@ -22,6 +22,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
 FITTED = methods.Fitted(torch.rand(2, 8, generator=torch.Generator().manual_seed(1)), n_replace=2, strength=0.1)
 WANTED = [("vanilla", {}), ("clean", {}), ("romer", {}), ("romer_calibration", {}), ("romer_replacement", {})]
 WANTED += [(name, {}) for name in ("average", "bit_slicing", "weight_remapping", "digital_router", "digital_experts")]
+LEARNING = ("kb_calibration", "channel_affine", "compensated_programming")  # from the moments of inputs
 NOISE, PLACEMENT = NoiseModel(0.1), Placement()
 
 
@@ -40,7 +41,7 @@ class Counting(NoiseModel):
 # The registry.
 
 
-@pytest.mark.parametrize("name", [*(name for name, _ in WANTED), "kb_calibration"])
+@pytest.mark.parametrize("name", [*(name for name, _ in WANTED), *LEARNING])
 def test_every_method_has_a_configuration_that_it_accepts(name):
     method = methods.get(name)
     configured = yaml.safe_load((CONF / f"{name}.yaml").read_text())
@@ -87,7 +88,7 @@ def test_options_are_complete_and_the_given_ones_are_left_alone():
         ("romer", {"lambda": 0.1}, "method romer: unknown option 'lambda'"),
         ("romer", {"n_replace": 2.5}, "method romer: n_replace: found 2.5, expected int"),
         ("romer", {"strength": "much"}, "method romer: strength: found 'much', expected float"),
-        ("romr", {}, "method: found 'romr', expected one of average, bit_slicing, clean,"),
+        ("romr", {}, "method: found 'romr', expected one of average, bit_slicing, channel_affine, clean,"),
     ],
 )
 def test_unknown_methods_and_wrong_options_are_refused_in_one_line(name, given, message):

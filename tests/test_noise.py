@@ -450,3 +450,12 @@ def test_parameters_of_errors_are_checked(make, field):
     for value in (-0.1, math.nan, math.inf, *([0.0] if field == "drift t0" else [])):
         with pytest.raises(InputError, match=f"^{field}: found {value}, expected .*$"):
             make(value)
+
+
+def test_draws_are_the_callers_own_and_the_same_again():
+    like = torch.empty(3, 4)
+    first = Draws(0, 0, "w").normal("device", like)
+    kept = first.clone()
+    first.mul_(0.0)
+    assert Draws(0, 0, "w").normal("device", like).equal(kept)
+    assert Draws(0, 0, "w").normal("device", (3, 4)).equal(kept)

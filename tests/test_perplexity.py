@@ -100,3 +100,9 @@ def test_a_model_that_is_broken_has_no_perplexity(olmoe, ids, value):
 def test_a_window_that_does_not_fit_is_refused(olmoe, ids, window):
     with pytest.raises(InputError, match=f"window: found {window} for a text of 256 tokens, expected 2 ≤ window ≤ 256"):
         perplexity(olmoe, ids, window)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5])
+def test_a_batch_that_is_none_is_refused(olmoe, ids, batch):
+    with pytest.raises(InputError, match=f"batch: found {batch}, expected an integer of at least 1"):
+        perplexity(olmoe, ids, 32, batch)

@@ -51,7 +51,7 @@ def test_contract_of_the_output(results):
     probes = {"routing": 4, "scaled": 12, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
     assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
-    named = "table1 table3 table4 table4_map comparisons fig3 fig3_causes models calibration routing".split()
+    named = "table1 table3 table4 table4_map comparisons costs fig3 fig3_causes models calibration routing".split()
     for name in named:
         assert all((results / "tables" / f"{name}.{kind}").stat().st_size for kind in ("csv", "md", "tex"))
     for name in ("fig2", "fig3", "fig3_causes", "fig5", "front", "table4_map"):
@@ -114,6 +114,17 @@ def test_vanilla_and_romer_share_their_noise(results):
     assert (wide["romer"] - wide["vanilla"]).abs().max() < wide["vanilla"].max() - wide["vanilla"].min()
 
 
+@pytest.mark.parametrize("sigma", ["-0.1", "abc"])
+def test_sigma_that_is_none(smoke, sigma):
+    line = one_line(romer("evaluate", *smoke("deepseek", "80"), "method=vanilla", f"noise.sigma_dev={sigma}"))
+    assert "sigma_dev" in line and sigma in line
+
+
+def test_more_replaced_than_half(smoke):
+    line = one_line(romer("evaluate", *smoke("deepseek", "80"), "method=romer", "method.romer.n_replace=33"))
+    assert "n_replace" in line and "33" in line and "32" in line  # deepseek: E = 64
+
+
 def test_second_run_has_nothing_to_do(smoke_results):
     assert "Nothing to be done" in finish(snakemake(smoke_results, "--", "all"))
 
@@ -133,10 +144,10 @@ def test_killed_ablation_resumes(smoke_results):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = {f: f.stat().st_mtime_ns for f in points.glob("*.json")}
-    assert 5 <= len(done) < 23 and not (root / ABLATED).exists()
+    assert 5 <= len(done) < 48 and not (root / ABLATED).exists()
     finish(snakemake(smoke_results, "--unlock"))
     finish(snakemake(smoke_results, "--", "all"))
     log = (root / "logs" / f"{ABLATED}.log").read_text()
-    assert f"{len(done)} of 23 points were finished before" in log
+    assert f"{len(done)} of 48 points were finished before" in log
     assert not points.exists()
     assert {f: (root / f).read_bytes() for f in before} == before

@@ -30,6 +30,8 @@ def predicted(tokens: int, window: int) -> int:
 
 def _chunks(model: torch.nn.Module, ids: torch.Tensor, window: int, batch: int):
     """(log-probabilities [b, window - 1, V] float32, their targets [b, window - 1]) of `batch` windows at a time."""
+    if type(batch) is not int or batch < 1:
+        raise InputError(f"batch: found {batch!r}, expected an integer of at least 1")
     for rows in windows(ids, window).split(batch):
         rows = rows.to(model.device)
         logits = model(rows, use_cache=False).logits[:, :-1]

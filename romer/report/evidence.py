@@ -105,8 +105,9 @@ class Evidence:
         return series
 
     def reference(self, task: str, at: Point, method: str, like: pd.Series | None, **options) -> pd.Series | None:
-        """`losses` of the task or, where it has none, of ppl:heldout without options; on as many tokens as `like`."""
-        for source, chosen in ((task, options), ("ppl:heldout", {})):
+        """`losses` of the task or, where it has none, of unperturbed selections in ppl:perturbed, or of ppl:heldout; on
+        as many tokens as `like`."""
+        for source, chosen in ((task, options), ("ppl:perturbed", {"perturbed": 0.0}), ("ppl:heldout", {})):
             found = self.losses(source, at, method, **chosen)
             if found is not None and like is not None and found.attrs["tokens"] == like.attrs["tokens"]:
                 return found

@@ -41,6 +41,8 @@ class Job:
 
     def __init__(self, stage: str, cfg: DictConfig):
         self.stage, self.cfg = stage, cfg
+        if not isinstance(cfg.chip.name, str):
+            raise InputError(f"chip.name: found {cfg.chip.name!r}, expected a name")
         self.config = OmegaConf.to_container(cfg, resolve=True)
         self.inputs: dict[str, str] = {}
         self.lineage: dict[str, str] = {}  # what the inputs themselves were made from
@@ -108,7 +110,8 @@ class Job:
         """Notes the digests by name that `folder` was made from. InputError where this job has read another of them."""
         for name, digest in origins.items():
             if self.lineage.setdefault(name, digest) != digest:
-                raise InputError(f"{folder}: made from another {name} than this job reads; run `snakemake` again")
+                again = "romer calibrate" if name.startswith("chip/") else "snakemake"
+                raise InputError(f"{folder}: made from another {name} than this job reads; run `{again}` again")
 
     def same_noise(self, manifest: Manifest) -> None:
         """InputError where a calibration was made for another chip, ADC, placement or dtype than this job's."""

@@ -131,6 +131,12 @@ def hardware_costs(job: Job) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
+def method_costs(job: Job) -> pd.DataFrame:
+    """What every method takes in cells, products, conversions and digital work, by model and operating point."""
+    found = artifacts(job, "evaluate", job.cfg.profile.evaluated_chips)
+    return pd.concat([placed(pd.read_csv(folder / "cost.csv"), at) for at, folder in found], ignore_index=True)
+
+
 def overheads(costs: pd.DataFrame) -> pd.DataFrame | None:
     """The costs of every method as fitted, one row a model, as the claims ledger takes them: of the paper's shapes
     where they were costed."""
@@ -174,6 +180,11 @@ def write_tables(
         words = f"Table 3. Cost on {costs['hardware'].iloc[0]}, batches of {costs['batch'].iloc[0]} tokens; shapes of"
         words += f" {shapes[shape]}; overheads over vanilla in per cent; perplexity on {text} of {what}."
         tables.write(hardware.table3(costs, published.load("table3"), shape), folder, "table3", words)
+    words = "What methods cost: cells, products and ADC conversions as multiples of the plain layout; digital: share of"
+    words += (
+        " weights off the arrays, side: numbers of corrections, operations: digital ones, as shares of the plain ones."
+    )
+    tables.write(method_costs(job), folder, "costs", words)
     words = "Fitted noise per operating point; n and λ chosen on calibration text."
     tables.write(fitted.fits, folder, "calibration", words)
     if len(fitted.identified):

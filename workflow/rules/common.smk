@@ -127,10 +127,7 @@ def estimate(cores):
         shares = len(probe["perturbed"]) if model in probe["perturbed_models"] else 1
         tokens += size["fit"]["tokens"] + (5 + (around + 3 * shares) * probe["realisations"]) * probe["tokens"]
     tokens += (
-        len(COSTED)
-        * WORKLOAD["realisations"]
-        * (len(methods) + len(WORKLOAD["n_replace"]))
-        * size["costed"]["tokens"]
+        len(COSTED) * WORKLOAD["realisations"] * (len(methods) + len(WORKLOAD["n_replace"])) * size["costed"]["tokens"]
     )
     marks = size["benchmark"]
     tokens += len(MARKED) * (1 + (len(methods) - 1) * marks["realisations"]) * 370 * (marks["items"] or 3000)
