@@ -152,7 +152,7 @@ def smoke_results(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=smoke", f"results={folder}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     root = Path(__file__).parents[1]
-    done = subprocess.run([*command, "--", "all"], cwd=root, env=env, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run([*command, "--", "all"], cwd=root, env=env, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 

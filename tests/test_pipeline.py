@@ -46,8 +46,8 @@ def test_contract_of_the_output(results):
     columns = "model chip temperature_c method options task metric realisation value tokens cells run_id".split()
     assert list(records.columns) == columns
     # Clean once, two realisations of everything else; of the joint map one.
-    assert len(records[records.task == "ppl:heldout"]) == 8 * (1 + 2 * 10)
-    assert len(records[records.task == "ppl:ablation"]) == 4 * (1 + 2 * (1 + 5 + 5)) + 5 * 5
+    assert len(records[records.task == "ppl:heldout"]) == 4 * (1 + 2 * 10)
+    assert len(records[records.task == "ppl:ablation"]) == 1 + 2 * (1 + 5 + 5) + 5 * 5
     probes = {"routing": 4, "scaled": 12, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
     assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
@@ -65,7 +65,7 @@ def test_calibration_meets_its_target(results):
     chips = ("table1", "table4", "pcm", "neurram")  # other tests calibrate further ones by hand
     files = [f for chip in chips for f in results.glob(f"calibrate/{chip}/*/*/calibration.json")]
     fits = [json.loads(f.read_text()) for f in files]
-    assert len(fits) == 8 + 4 + 2
+    assert len(fits) == 4 + 1 + 2
     assert (results / "calibrate/table3/deepseek/85/calibration.json").exists()
     for fit in fits:
         assert abs(fit["kl"] / fit["kl_target"] - 1) < 0.02 and fit["evaluations"] <= 12

@@ -32,14 +32,15 @@ def artifacts(
     job: Job, stage: str, chips: list[str], models: list[str] | None = None, temperatures: list | None = None
 ) -> list[tuple[tuple[str, str, float], Path]]:
     """((chip, model, temperature), folder) of a stage's artifact at every operating point on `chips`, for all models
-    of the profile or for `models`, at all temperatures of the chip or at `temperatures`.
+    of the profile or for `models`, at the profile's temperatures of the chip or at `temperatures`.
 
     All are verified and must come from the same text and models; their digests become inputs.
     """
     found = []
     for chip in chips:
         section = yaml.safe_load((conf_folder() / "chip" / f"{chip}.yaml").read_text())
-        for model, temperature in product(section["models"], temperatures or section["temperatures"]):
+        own = job.cfg.profile.temperatures.get(chip, section["temperatures"])
+        for model, temperature in product(section["models"], temperatures or own):
             if model in (job.cfg.profile.models if models is None else models):
                 folder = job.root / stage / chip / model / str(temperature)
                 manifest = verify(folder)

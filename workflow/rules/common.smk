@@ -28,7 +28,16 @@ def shown(section):
     return {
         k: v
         for k, v in section.items()
-        if k not in ("what", "heatmap", "tokens_per_second", "seconds_per_job", "measured_chips", "measured_models")
+        if k
+        not in (
+            "what",
+            "heatmap",
+            "tokens_per_second",
+            "seconds_per_job",
+            "seconds_to_program",
+            "measured_chips",
+            "measured_models",
+        )
     }
 
 
@@ -63,7 +72,7 @@ def points(chips, models):
         for chip in chips
         for model in conf("chip", chip)["models"]
         if model in models
-        for temperature in conf("chip", chip)["temperatures"]
+        for temperature in PROFILE["temperatures"].get(chip, conf("chip", chip)["temperatures"])
     ]
 
 
@@ -131,9 +140,15 @@ def estimate(cores):
     )
     marks = size["benchmark"]
     tokens += len(MARKED) * (1 + (len(methods) - 1) * marks["realisations"]) * 370 * (marks["items"] or 3000)
+    draws = 6 * len(CALIBRATED) * size["calibrate"]["realisations"] + len(POINTS) * (2 + size["plan"]["realisations"])
+    draws += len(PROBED) * 12 * probe["realisations"] + len(COSTED) * WORKLOAD["realisations"] * len(methods)
+    draws += sum(c in size["evaluated_chips"] for c, _, _ in POINTS) * (len(methods) - 4) * size["realisations"]
+    draws += sum(c in size["ablated_chips"] for c, _, _ in POINTS) * size["realisations"]
+    draws += len(MARKED) * (len(methods) - 4) * marks["realisations"]
     jobs = len(MODELS) + len(COSTED) + len(MARKED) + len(CONTINUED) + 3 * len(POINTS) + len(CALIBRATED) + len(PROBED)
     parallel = min(cores or 1, os.cpu_count() or 1)
-    return (tokens / size["tokens_per_second"] + size["seconds_per_job"] * jobs) / parallel / 60
+    seconds = tokens / size["tokens_per_second"] + size["seconds_per_job"] * jobs + size["seconds_to_program"] * draws
+    return seconds / parallel / 60
 
 
 onstart:
