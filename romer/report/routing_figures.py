@@ -8,6 +8,7 @@
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +35,7 @@ GROUPS = {"noise everywhere": COLOURS[6], "routing alone": COLOURS[0], "weights 
 PART = COLOURS[2]  # a cause that is in none of GROUPS: one part of the model
 GAP = 0.5  # between groups of bars, in bars
 MAP_LIMIT = 0.02  # of the map's colours, at least: smaller differences look alike
+LINE = 40  # characters of a caption for each panel beside another
 SLOT = 5.5  # at least for a model's bars, in bars: room for its name
 
 
@@ -137,11 +139,9 @@ def fig3_causes(table: pd.DataFrame, folder: str | Path, name: str = "fig3_cause
         for panel in panels.flat[len(models) :]:
             panel.set_visible(False)
         chip, t = (only(table, column, "causes") for column in ("chip", "temperature_c"))
-        figure.supxlabel(
-            f"ln(ppl / ppl clean); mean of {_draws(table)} realisations with {100 * CONFIDENCE:g} % interval;"
-            f" chip {chip} at {t:g} °C; every model on a scale of its own",
-            fontsize=9,
-        )
+        words = f"ln(ppl / ppl clean); mean of {_draws(table)} realisations with {100 * CONFIDENCE:g} % interval;"
+        words += f" chip {chip} at {t:g} °C; every model on a scale of its own"
+        figure.supxlabel("\n".join(textwrap.wrap(words, LINE * panels.shape[1])), fontsize=9)
         return save(figure, folder, name)
 
 
