@@ -15,7 +15,7 @@ def romer(*arguments, **environment):
     """The finished process of `romer <arguments>`."""
     command = [sys.executable, "-m", "romer.cli", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in environment.items()}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
 
 
 def one_line(done) -> str:

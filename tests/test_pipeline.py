@@ -30,7 +30,7 @@ def snakemake(results: Path, *arguments) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     """Output of a process that must succeed."""
-    output, _ = process.communicate(timeout=560)
+    output, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, output[-4000:]
     return output
 
@@ -138,7 +138,7 @@ def test_killed_ablation_resumes(smoke_results):
     (root / "records.parquet").unlink()
     points = root / "points" / "ablate" / ABLATED.removeprefix("ablate/").replace("/", "-")
     process = snakemake(smoke_results, "--", "all")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list(points.glob("*.json"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
