@@ -99,16 +99,18 @@ def perturbed_selection(model: nn.Module, share: float, seed: int = 0, realisati
 PARTS = ("attention", "dense mlp", "shared expert", "routed expert", "router")
 
 
+def parts(model: nn.Module, placement: Placement) -> dict[str, str]:
+    """Analog tensor -> its part of the model; a shared expert's gate counts with the shared experts."""
+    rows = (row for row in coverage(model, placement) if row.analog)
+    return {r.parameter: "shared expert" if r.kind == "shared expert gate" else r.kind for r in rows}
+
+
 def all_but(model: nn.Module, placement: Placement, part: str) -> frozenset[str]:
     """Names of the analog tensors of all parts but one: digital, they leave noise in that part alone.
 
-    A shared expert's gate counts with the shared experts. Raises InputError for a part that the model does not have.
+    Raises InputError for a part that the model does not have.
     """
-    kinds = {
-        r.parameter: "shared expert" if r.kind == "shared expert gate" else r.kind
-        for r in coverage(model, placement)
-        if r.analog
-    }
+    kinds = parts(model, placement)
     if part not in kinds.values():
         raise InputError(
             f"noise in one part: found {part!r}, expected one of {', '.join(dict.fromkeys(kinds.values()))}"

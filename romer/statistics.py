@@ -17,6 +17,7 @@ from scipy import stats
 from romer.errors import InputError
 
 CONFIDENCE = 0.95
+ALPHA = 0.05  # of a family of tests, after Holm
 RESAMPLES = 2000
 
 

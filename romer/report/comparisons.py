@@ -13,9 +13,8 @@ import pandas as pd
 
 from romer.errors import InputError
 from romer.report.tables import TASK, only, perplexities
-from romer.statistics import CONFIDENCE, Paired, holm, paired
+from romer.statistics import ALPHA, CONFIDENCE, Paired, holm, paired
 
-ALPHA = 0.05  # of a family of tests
 BETTER, WORSE, NO_DIFFERENCE = VERDICTS = ("better", "worse", "no difference shown")
 BASELINE, PROPOSED = "vanilla", "romer"
 COLUMNS = "chip model temperature_c method against difference difference_low difference_high verdict pairs".split()

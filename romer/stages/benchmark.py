@@ -56,10 +56,7 @@ def prepared(job: Job, scorer: Scorer) -> list[Prepared]:
 def main(job: Job, run: Run) -> None:
     """Writes records.parquet (one row a method, realisation, task and metric) and coverage.csv, prints the means."""
     cfg = job.cfg
-    wanted = [
-        (name, {key: value for key, value in options.items() if value is not None})
-        for name, options in job.config["method"].items()
-    ]
+    wanted = job.methods
     model, tokenizer = job.load()
     noise, fitted = job.noise(), plan.read(job, model, tokenizer, [name for name, _ in wanted])
     scorer = Scorer(model, tokenizer, cfg.profile.window * cfg.profile.batch, cfg.profile.window)

@@ -107,10 +107,7 @@ def by_hand(job: Job) -> Path | None:
 @application("evaluate")
 def main(job: Job, run: Run) -> None:
     """Writes records.parquet and coverage.csv, and prints the means."""
-    wanted = [
-        (name, {key: value for key, value in options.items() if value is not None})
-        for name, options in job.config["method"].items()
-    ]
+    wanted = job.methods
     size = job.cfg.profile
     records, publish = measure(
         job,

@@ -48,11 +48,7 @@ def settings(job: Job) -> dict:
 def wanted(job: Job, model, fitted: Fitted, workload: dict) -> dict[Point, bool]:
     """The chosen methods that sit on arrays with noise, and romer at every feasible n of the workload; whether a point
     is a chosen method's own rather than of that grid."""
-    named = [
-        (name, {key: value for key, value in options.items() if value is not None})
-        for name, options in job.config["method"].items()
-        if get(name).noisy
-    ]
+    named = [(name, options) for name, options in job.methods if get(name).noisy]
     grid = plan.feasible(model, workload["n_replace"]) if "romer" in dict(named) else []
     seeds = range(workload["realisations"])
     found = dict.fromkeys(points(fitted, [("romer", {"n_replace": n}) for n in grid], seeds), False)

@@ -122,6 +122,12 @@ class Job:
         if saved["noise"]["adc"] != self.config["noise"]["adc"]:
             raise InputError(f"{folder}: calibrated with another noise.adc; run `romer calibrate` with this one")
 
+    @property
+    def methods(self) -> list[tuple[str, dict]]:
+        """(name, options) of the chosen methods; what is null in the configuration is left to the fit."""
+        chosen = self.config["method"].items()
+        return [(name, {key: value for key, value in options.items() if value is not None}) for name, options in chosen]
+
     @contextmanager
     def write(self, folder: Path | None = None) -> Iterator[Path]:
         """The artifact of this job: yields the folder to fill, published when the block ends well."""

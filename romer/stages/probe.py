@@ -26,8 +26,15 @@ from romer.evaluate.perplexity import predicted
 from romer.evaluate.sweep import CLEAN
 from romer.methods import get
 from romer.noise import NoiseModel
-from romer.placement import coverage
-from romer.probes import PARTS, Decisions, all_but, perturbed_selection, recorded_routing, replayed_routing
+from romer.probes import (
+    PARTS,
+    Decisions,
+    all_but,
+    parts,
+    perturbed_selection,
+    recorded_routing,
+    replayed_routing,
+)
 from romer.routing import apply
 from romer.stages import plan
 from romer.stages.evaluate import by_hand, in_order, record
@@ -84,9 +91,7 @@ class Routing:
 def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list[Probe]:
     """Every probe of the profile, in an order in which neighbours share a programming."""
     size, placement = job.cfg.profile.probe, job.placement
-    parts = {
-        "shared expert" if r.kind == "shared expert gate" else r.kind for r in coverage(model, placement) if r.analog
-    }
+    present = set(parts(model, placement).values())
     naive = get(NAIVE).layout(model, fitted, get(NAIVE).options(fitted, {}))
     others = [(chip, celsius, other_chip(job, chip, celsius)) for chip, celsius in size.transfer]
     probes = []
@@ -102,7 +107,7 @@ def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list
         probes.append(Probe("ppl:routing", "vanilla", split, r, noise, Layout(), partial(routing.of, CLEAN)))
         split = {"routing": "noisy", "weights": "clean"}
         probes.append(Probe("ppl:routing", "vanilla", split, r, None, None, partial(routing.of, r)))
-        for part in (p for p in PARTS if p in parts):
+        for part in (p for p in PARTS if p in present):
             alone = Layout(digital=all_but(model, placement, part))
             probes.append(Probe("ppl:parts", "vanilla", {"noise_in": part}, r, noise, alone))
         for scale in size.scales:

@@ -138,13 +138,19 @@ def method_costs(job: Job) -> pd.DataFrame:
     return pd.concat([placed(pd.read_csv(folder / "cost.csv"), at) for at, folder in found], ignore_index=True)
 
 
+def best_shape(costs: pd.DataFrame) -> str:
+    """Those of the paper's checkpoints where they were costed, else the models' own."""
+    return "checkpoint" if "checkpoint" in set(costs["shape"]) else "own"
+
+
 def overheads(costs: pd.DataFrame) -> pd.DataFrame | None:
     """The costs of every method as fitted, one row a model, as the claims ledger takes them: of the paper's shapes
     where they were costed."""
     if costs.empty:
         return None
-    shape = "checkpoint" if "checkpoint" in set(costs["shape"]) else "own"
-    means = costs[(costs["shape"] == shape) & costs["selected"]].groupby(["model", "method"], as_index=False)
+    means = costs[(costs["shape"] == best_shape(costs)) & costs["selected"]].groupby(
+        ["model", "method"], as_index=False
+    )
     found = means[["time_s", "power_w", "energy_j", "tile_mvms"]].mean()
     plain = found[found["method"] == "vanilla"].set_index("model")["tile_mvms"]
     found["extra_products"] = found["tile_mvms"] / found["model"].map(plain) - 1
@@ -173,7 +179,7 @@ def write_tables(
         words = f"ln(ppl / ppl clean) on {text}, by where the noise acts."
         tables.write(routing_tables.causes(records), folder, "fig3_causes", words)
     if len(costs):
-        shape = "checkpoint" if "checkpoint" in set(costs["shape"]) else "own"
+        shape = best_shape(costs)
         shapes = {
             "checkpoint": "the paper's checkpoints, routing simulated from the stand-ins' load",
             "own": "the models",
