@@ -55,7 +55,8 @@ class Draws:
 
 
 # Layouts of one realisation share most draws, and drawing is a third of the work of programming: the latest are kept.
-KEPT_BYTES = 2**29
+# Three realisations of the embedded stand-ins fit, so a calibration draws each once for all the σ that it tries.
+KEPT_BYTES = 5 * 2**28
 _KEPT: dict[tuple, torch.Tensor] = {}  # in the order of drawing; never written to
 _kept_bytes = 0
 
