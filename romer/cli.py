@@ -16,14 +16,17 @@ STAGES = {
     "calibrate": "sigma_dev that meets a chip's KL target",
     "profile": "expert activation, clean and noisy (eq. 6)",
     "plan": "n, lambda and the replacement plan, chosen on calibration text",
-    "evaluate": "perplexity of every method on held-out text",
+    "evaluate": "perplexity of every method on held-out text, or tasks of lm-eval by hand (task=piqa,arc_easy)",
     "ablate": "the n and lambda grids of table 4",
     "probe": "what breaks under noise, and whether the cure works where it was not fitted",
+    "frontier": "what methods take back for which cells and digital numbers, and romer_plus elsewhere",
     "benchmark": "tasks of lm-evaluation-harness for every method (table 2)",
     "generate": "prompts continued by the clean, the noisy and the mended model (figure 1)",
     "hardware": "time, energy and area of every method on a chip (table 3)",
     "report": "records, tables and figures",
 }
+MERGED = ("method", "task")  # groups of which one job takes several choices
+SWEEPS = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 def conf_folder() -> Path:
@@ -38,9 +41,10 @@ def conf_folder() -> Path:
 def check_choices(arguments: list[str]) -> list[str]:
     """The arguments, with every choice of a configuration group quoted: Hydra takes temperature=25 for a number.
 
-    Raises InputError where the group has no such choice: one line that lists them.
+    Several choices of a group in MERGED become Hydra's list, one job with all of them; in a sweep, a job each. Raises
+    InputError where the group has no such choice: one line that lists them.
     """
-    checked = []
+    checked, sweep = [], bool(SWEEPS & set(arguments))
     for argument in arguments:
         group, _, value = argument.partition("=")
         folder = conf_folder() / group
@@ -51,7 +55,9 @@ def check_choices(arguments: list[str]) -> list[str]:
             wanted = [choice.strip(" '\"") for choice in value.split(",")]
             if unknown := [choice for choice in wanted if choice not in choices]:
                 raise InputError(f"{group}: found {unknown[0]!r}, expected one of {', '.join(choices)}")
-            argument = f"{group}=" + ",".join(f"'{choice}'" for choice in wanted)
+            quoted = ",".join(f"'{choice}'" for choice in wanted)
+            together = group in MERGED and len(wanted) > 1 and not sweep
+            argument = f"{group}=[{quoted}]" if together else f"{group}={quoted}"
         checked.append(argument)
     return checked
 
@@ -60,7 +66,7 @@ def main() -> None:
     """Entry point of the console script."""
     stage, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if stage in ("", "-h", "--help"):
-        print("usage: romer <stage> [--help] [-m] [group=choice] [key=value]\n")
+        print("usage: romer <stage> [--help] [-m] [group=choice[,choice]] [key=value]\n")
         print("\n".join(f"  {name:10} {text}" for name, text in STAGES.items()))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, so that its errors become one line here

@@ -22,21 +22,22 @@ from romer.errors import InputError
 from romer.moments import Moments, of
 from romer.noise import Conductance, Draws, Drift, NoiseModel
 
+LAZY = 6  # blocks whose effect on inputs far off is added up before it is applied: the same sums, less memory traffic
 DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
 
 
 class _Columns(Draws):
-    """The draws of some columns (inputs) of a whole array: a cell's error is the one it has in any other layout."""
+    """The draws of some columns (inputs) of a whole array, by their places in `order`: a cell's error is the one it has
+    in any other layout."""
 
-    def __init__(self, draws: Draws, shape: torch.Size):
+    def __init__(self, draws: Draws, shape: torch.Size, order: torch.Tensor):
         super().__init__(draws.seed, draws.realisation, draws.tensor, draws.replica)
-        object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "columns", None)
-        object.__setattr__(self, "kept", {})
+        for name, value in (("shape", shape), ("order", order), ("places", slice(None)), ("kept", {})):
+            object.__setattr__(self, name, value)
 
-    def at(self, columns: torch.Tensor) -> "_Columns":
-        """The same array, at these columns."""
-        object.__setattr__(self, "columns", columns)
+    def at(self, places: slice) -> "_Columns":
+        """The same array, at the columns in these places."""
+        object.__setattr__(self, "places", places)
         return self
 
     def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
@@ -44,8 +45,8 @@ class _Columns(Draws):
         if not isinstance(like, torch.Tensor):
             raise InputError(f"compensated programming: errors of kind {kind!r} are not those of single cells")
         if kind not in self.kept:
-            self.kept[kind] = super().normal(kind, torch.empty(self.shape, device=like.device))
-        return self.kept[kind][:, self.columns]
+            self.kept[kind] = super().normal(kind, tuple(self.shape)).to(like.device)[:, self.order]
+        return self.kept[kind][:, self.places]
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,29 @@ class Compensated:
         if any(e.scaling == "column" for e in pairs):
             top = values.abs().amax(1, keepdim=True)
         order, upper = factor(seen)
-        targets, acts = values[:, order].clone(), torch.empty_like(values)
-        cells, written = _Columns(draws, values.shape), as_written(noise)
-        for start in range(0, values.shape[1], self.block):
-            block = slice(start, start + self.block)
-            at, rest = order[block], slice(start + self.block, None)
-            acts[:, at] = noise.store(targets[:, block], cells.at(at), full_range=top)
-            if (later := targets[:, rest]).numel():
-                read = (
-                    acts[:, at] if written is noise else written.store(targets[:, block], cells.at(at), full_range=top)
-                )
+        targets, acts = values[:, order], torch.empty_like(values)  # acts: in that order, too
+        cells, written = _Columns(draws, values.shape, order), as_written(noise)
+        inputs, together = values.shape[1], LAZY * self.block
+        for first in range(0, inputs, together):
+            group, after, kept = slice(first, first + together), slice(first + together, None), []
+            for start in range(first, min(first + together, inputs), self.block):
+                block = slice(start, start + self.block)
+                read = acts[:, block] = noise.store(targets[:, block], cells.at(block), full_range=top)
+                if start + self.block >= inputs:
+                    break
+                if written is not noise:
+                    read = written.store(targets[:, block], cells.at(block), full_range=top)
                 if self.read_error:
                     read = read + self.read_error * values.abs().max() * cells.normal("read back", read)
                 error = read - targets[:, block]  # [out, block]
-                scaled = torch.linalg.solve_triangular(upper[block, block], error, upper=True, left=False)
-                later += scaled @ upper[block, rest]
+                kept.append(torch.linalg.solve_triangular(upper[block, block], error, upper=True, left=False))
+                soon = slice(start + self.block, first + together)
+                targets[:, soon] += kept[-1] @ upper[block, soon]
+            if first + together < inputs:
+                targets[:, after] += torch.cat(kept, 1) @ upper[group, after]
         if any(e.compensate for e in pairs) and (total := acts.abs().sum()) > 0:
             acts *= values.abs().sum() / total  # the mean decay, as `Conductance` takes it out of a whole array
-        return acts
+        return acts[:, order.argsort()]
 
 
 def as_written(noise: NoiseModel) -> NoiseModel:
@@ -117,12 +123,14 @@ def as_written(noise: NoiseModel) -> NoiseModel:
 
 
 _FACTORS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-KEPT = 8  # factors: neighbouring weights share moments
+_kept_bytes = 0
+KEPT_BYTES = 2**28  # of factors: weights share moments, and every realisation needs them again
 
 
 def factor(seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """(order [in], U [in, in]): inputs by falling power, and the upper Cholesky factor of R⁻¹ = Uᵀ U in that order, R
     the damped second moment; float32."""
+    global _kept_bytes
     if (known := _FACTORS.get(id(seen.second))) is not None and known[0] is seen.second:
         return known[1:]
     order = seen.power.argsort(descending=True, stable=True)
@@ -132,7 +140,8 @@ def factor(seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     # left of R when its first inputs are fixed.
     v = torch.linalg.cholesky(r.flip(0, 1)).flip(0, 1)
     upper = torch.linalg.solve_triangular(v, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True).float()
-    while len(_FACTORS) >= KEPT:
-        _FACTORS.pop(next(iter(_FACTORS)))
     _FACTORS[id(seen.second)] = (seen.second, order, upper)
+    _kept_bytes += upper.nbytes
+    while _kept_bytes > KEPT_BYTES and len(_FACTORS) > 1:
+        _kept_bytes -= _FACTORS.pop(next(iter(_FACTORS)))[-1].nbytes
     return order, upper

@@ -17,6 +17,8 @@ from torch import nn
 
 from romer.errors import InputError
 from romer.moments import Moments, of
+from romer.noise import slot_name
+from romer.placement import Placement, coverage
 from romer.routers import is_router, select
 
 PRIOR_TOKENS = 64  # a fit weighs as the tokens it was made from, no correction as this many
@@ -24,51 +26,118 @@ PER = ("layer", "channel")
 
 
 class Correction(Protocol):
-    """A digital step behind every array."""
+    """A digital step behind every array, fitted to what was `read` back of it, or else to what acts (`stored`)."""
+
+    def shared(self, name: str, clean: torch.Tensor, read: torch.Tensor) -> object | None:
+        """What the corrections of all arrays of one tensor, [out, in] or [E, out, in], have in common."""
+        ...
 
     def __call__(
-        self, name: str, clean: torch.Tensor, stored: torch.Tensor
+        self,
+        name: str,
+        clean: torch.Tensor,
+        stored: torch.Tensor,
+        read: torch.Tensor | None = None,
+        shared: object | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight [out, in] with which the corrected array acts, offset [out] or None) of one array: float32."""
         ...
 
-    def numbers(self, outputs: int, inputs: int) -> int:
-        """Digital numbers that an array's correction needs, which are also its multiply-accumulates per product."""
+    def numbers(self, name: str, outputs: int, inputs: int) -> tuple[int, int]:
+        """Digital numbers of one array's correction, and those that all arrays of its tensor share; they are also the
+        multiply-accumulates of a product, the shared ones once a token."""
         ...
+
+
+def share(correction: Correction, model: nn.Module, placement: Placement) -> float:
+    """Digital numbers of a correction, as a share of the model's analog weights."""
+    numbers, weights = 0, 0
+    for row in coverage(model, placement):
+        if row.analog:
+            own, common = correction.numbers(row.parameter, *row.shape[-2:])
+            numbers, weights = (
+                numbers + own * (row.shape[0] if len(row.shape) == 3 else 1) + common,
+                weights + row.count,
+            )
+    return numbers / weights
 
 
 @dataclass(frozen=True)
 class Affine:
     """y ≈ k ỹ + b with one k and b a `layer` (an array, of experts a slot) or one for each output `channel`.
 
-    Least squares on the moments of the clean inputs, drawn toward k = 1, b = 0 where few tokens were seen.
+    Least squares on the moments of the clean inputs, drawn toward k = 1, b = 0 where few tokens were seen. Arrays with
+    fewer than `least_inputs` inputs are left alone: a channel's two numbers would be many for its few weights.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
     per: str = "layer"
+    least_inputs: int = 0
 
     def __post_init__(self):
         if self.per not in PER:
             raise InputError(f"affine correction: per: found {self.per!r}, expected one of {', '.join(PER)}")
 
-    def __call__(self, name, clean, stored):
+    def shared(self, name, clean, read):
+        return None
+
+    def __call__(self, name, clean, stored, read=None, shared=None):
         if (seen := of(self.moments, name)) is None:
             raise InputError(f"affine correction: no calibration inputs of {name}")
+        if clean.shape[1] < self.least_inputs:
+            return stored.float(), None
         clean, stored, covariance = clean.float(), stored.float(), seen.covariance
-        spread = stored @ covariance  # [out, in]
-        variance, together = (spread * stored).sum(1), (spread * clean).sum(1)  # of ỹ; of ỹ and y
+        read = stored if read is None else read.float()
+        spread = read @ covariance  # [out, in]
+        variance, together = (spread * read).sum(1), (spread * clean).sum(1)  # of ỹ; of ỹ and y
         trust = seen.tokens / (seen.tokens + PRIOR_TOKENS)
         if self.per == "layer":
             variance, together = variance.sum().expand(len(stored)), together.sum().expand(len(stored))
         k = torch.where(variance > 0, together / variance.clamp(min=1e-30), 1.0)
         k = 1 + trust * (k - 1)
-        b = trust * (clean @ seen.mean - k * (stored @ seen.mean))
+        b = trust * (clean @ seen.mean - k * (read @ seen.mean))
         if self.per == "layer":
             b = b.mean().expand(len(stored))
         return k[:, None] * stored, b
 
-    def numbers(self, outputs, inputs):
-        return 2 if self.per == "layer" else 2 * outputs
+    def numbers(self, name, outputs, inputs):
+        numbers = 2 if self.per == "layer" else 2 * outputs
+        return (numbers if inputs >= self.least_inputs else 0), 0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One correction behind the other, each fitted to what those before it leave."""
+
+    links: tuple[Correction, ...]
+
+    def shared(self, name, clean, read):
+        found = []
+        for link in self.links:
+            found.append(link.shared(name, clean, read))
+            if link is not self.links[-1]:
+                read = self._after(link, name, clean, read, found[-1])
+        return tuple(found)
+
+    @staticmethod
+    def _after(link: Correction, name: str, clean: torch.Tensor, read: torch.Tensor, shared) -> torch.Tensor:
+        if clean.dim() == 2:
+            return link(name, clean, read, read, shared)[0]
+        slots = enumerate(zip(clean, read, strict=True))
+        return torch.stack([link(slot_name(name, i), w, r, r, shared)[0] for i, (w, r) in slots])
+
+    def __call__(self, name, clean, stored, read=None, shared=None):
+        read, offset = stored if read is None else read, None
+        for link, common in zip(self.links, shared or (None,) * len(self.links), strict=True):
+            same = read is stored
+            stored, more = link(name, clean, stored, read, common)
+            read = stored if same else link(name, clean, read, read, common)[0]
+            offset = more if offset is None else offset if more is None else offset + more
+        return stored, offset
+
+    def numbers(self, name, outputs, inputs):
+        own, common = zip(*(link.numbers(name, outputs, inputs) for link in self.links), strict=True)
+        return sum(own), sum(common)
 
 
 @contextmanager

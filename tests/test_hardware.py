@@ -28,7 +28,7 @@ from romer.methods import Fitted
 from romer.placement import coverage
 from romer.routers import moe_layers
 
-SHEETS = ("hermes", "isaac", "generic3d")
+SHEETS = ("hermes", "isaac", "generic3d", "neurram")
 SMALL = ModelShape(
     "small", 96, 4, 4, 2, 24, 16, 3, 40, 300, shared_width=64, shared_gate=True, dense=(1,), dense_width=128
 )
@@ -322,15 +322,11 @@ def test_a_bad_sheet_names_its_field(changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_sheet_without_a_field_or_figure_says_which():
+def test_a_sheet_without_a_field_says_which():
     lacking = values("hermes")
     del lacking["mvm_energy_nj"]
     with pytest.raises(InputError, match="hardware hermes: mvm_energy_nj: missing"):
         ChipSheet.load(lacking)
-    with pytest.raises(InputError, match="hardware neurram: mvm_time_ns: found None"):
-        ChipSheet.load(values("neurram"))
-    given = ChipSheet.load(values("neurram") | {"mvm_time_ns": 1000, "mvm_energy_nj": 1.0})
-    assert (given.weight_rows, given.weight_columns) == (128, 256)
 
 
 def test_hermes_agrees_with_the_published_throughput_and_efficiency():
@@ -341,6 +337,17 @@ def test_hermes_agrees_with_the_published_throughput_and_efficiency():
     assert operations / hermes.mvm_energy_nj / 1e3 == pytest.approx(9.76, rel=0.005)
     assert 64 * operations / 521 / 1e3 == pytest.approx(16.1, rel=0.005)
     assert operations / 52.9 / 1e3 == pytest.approx(2.48, rel=0.005)
+
+
+def test_neurram_agrees_with_the_points_of_its_curves():
+    """TOPS of 48 cores and TOPS/W, 8 and 10 bits, then 4 and 6, to the digits of the sheet's figures."""
+    neurram = ChipSheet.load(values("neurram"))
+    assert (neurram.weight_rows, neurram.weight_columns) == (128, 256)
+    operations = 2 * neurram.weight_rows * neurram.weight_columns
+    assert 48 * operations / neurram.mvm_time_ns / 1e3 == pytest.approx(0.2639, rel=0.005)
+    assert operations / neurram.mvm_energy_nj / 1e3 == pytest.approx(6.437, rel=0.005)
+    assert 48 * operations / 4230 / 1e3 == pytest.approx(0.7439, rel=0.005)
+    assert operations / 4.11 / 1e3 == pytest.approx(15.95, rel=0.005)
 
 
 @pytest.mark.parametrize(

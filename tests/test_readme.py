@@ -21,7 +21,7 @@ def test_commands_name_stages_and_choices_that_exist():
     text = README.read_text()
     for stage in re.findall(r"`romer (\w+)`", text) + re.findall(r"^    romer (\w+)", text, re.M):
         assert stage in STAGES
-    for group, choices in re.findall(r"\b(model|temperature|method|chip|profile)=([\w,]+)", text):
+    for group, choices in re.findall(r"\b(model|temperature|method|chip|profile|task)=([\w,]+)", text):
         for choice in choices.split(","):
             assert (conf_folder() / group / f"{choice}.yaml").exists(), (group, choice)
 

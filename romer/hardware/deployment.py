@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from romer.corrections import Affine, Chain, share
 from romer.errors import InputError
 from romer.hardware.tiles import KINDS
+from romer.lowrank import LowRank
 from romer.methods import Fitted, Method
 from romer.noise import slot_name
 from romer.placement import Placement, coverage
@@ -23,7 +25,8 @@ class Deployment:
     """analog: kinds of weights on tiles (`romer.hardware.tiles.KINDS`); cells, products: arrays that hold a matrix,
     and arrays that its product activates, as multiples of the plain layout (`romer.encoding`); digital_experts: per
     MoE layer the slots whose experts stay digital, () for none; calibrated: whether routers compress their logits;
-    corrected: whether every output of a tile is scaled and shifted digitally.
+    corrected: whether every output of a tile is scaled and shifted digitally; side: digital multiply-accumulates of
+    paths beside the tiles, per weight of a product.
     """
 
     analog: frozenset[str] = frozenset(KINDS)
@@ -32,6 +35,7 @@ class Deployment:
     digital_experts: tuple[frozenset[int], ...] = ()
     calibrated: bool = False
     corrected: bool = False
+    side: float = 0.0
 
     def __post_init__(self):
         if unknown := sorted(self.analog - set(KINDS)):
@@ -90,11 +94,13 @@ def deployed(
         raise InputError(f"method {method.name}: a part of {mixed[0]} is digital, expected all of it or nothing")
     digital = {kind for kind, found in kinds.items() if found == {False}} | (set() if lm_head else {"lm_head"})
     _, calibration = method.routing(fitted, options)
+    links = layout.correction.links if isinstance(layout.correction, Chain) else (layout.correction,)
     return Deployment(
         frozenset(KINDS) - digital,
         float(layout.encoding.cells),
         float(layout.encoding.products),
         tuple(map(frozenset, slots)) if any(slots) else (),
         calibration is not None and calibration.strength > 0,
-        layout.correction is not None,
+        any(isinstance(link, Affine) for link in links),
+        sum(share(link, model, own) for link in links if isinstance(link, LowRank)),
     )

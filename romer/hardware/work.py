@@ -107,7 +107,10 @@ class Work:
             return 0
         extra = CORRECTION_OPS if self.deployment.corrected else 0
         rows, products = self.sheet.weight_rows, self.deployment.products
-        return sum(out * (math.ceil(inp / rows) * products - 1 + extra) for out, inp in self.parts[kind].flat)
+        paths = self.deployment.side  # spread over all weights alike
+        return sum(
+            out * (math.ceil(inp / rows) * products - 1 + extra + paths * inp) for out, inp in self.parts[kind].flat
+        )
 
     # Times.
 

@@ -18,6 +18,7 @@ from torch import nn
 from romer.encoding import Layout
 from romer.errors import InputError
 from romer.moments import Moments
+from romer.noise import NoiseModel
 from romer.placement import Placement
 from romer.replacement import ReplacementPlan
 from romer.routing import RouterCalibration
@@ -28,7 +29,9 @@ class Fitted:
     """What was learned about a model at an operating point, on calibration text.
 
     activation [L, E]: eq. 6; n_replace, strength: the n of replacement and the λ of calibration chosen there; counts
-    [L, E]: tokens that chose the expert; moments: of every array's inputs, by name, for methods that learn from them.
+    [L, E]: tokens that chose the expert; moments: of every array's inputs, by name, for methods that learn from them;
+    sensitivity: of the loss to every output, by tensor, for methods that weigh errors; these also see the operating
+    point's noise on one realisation that no report shows. known: what methods have worked out from all this.
     """
 
     activation: torch.Tensor
@@ -36,6 +39,11 @@ class Fitted:
     strength: float
     counts: torch.Tensor | None = None
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    sensitivity: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    noise: NoiseModel | None = None
+    placement: Placement = Placement()
+    realisation: int = 0
+    known: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 Routing = tuple[ReplacementPlan | None, RouterCalibration | None]
@@ -47,7 +55,8 @@ class Method:
 
     noisy: whether the arrays are. For complete options: defaults, those that a caller leaves out, from what was fitted;
     routing, the replacement plan and router calibration; layout, how the model's weights sit on arrays; placement, what
-    it makes of the run's placement. learns: whether the layout needs `Fitted.moments`.
+    it makes of the run's placement. learns: whether the layout needs `Fitted.moments`; weighs: whether it needs
+    `Fitted.sensitivity` and the noise, too.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Method:
     layout: Callable[[nn.Module, Fitted, Mapping], Layout] = lambda model, fitted, options: Layout()
     placement: Callable[[Placement], Placement] = lambda placement: placement
     learns: bool = False
+    weighs: bool = False
 
     def options(self, fitted: Fitted, given: Mapping) -> dict:
         """All options of a point: the given ones, the rest from what was fitted. Raises InputError for unknown ones

@@ -29,6 +29,7 @@ LINES = {  # of the layers, by source
     "noise model": {},
     "chip": {"lw": 0.9, "color": "black", "linestyle": ":", "markersize": 3.5, "markeredgewidth": 0.6, "zorder": 3},
 }
+FIG2_OMITS = "The paper's left half, a schematic of two architectures,\nis omitted: it shows no measured quantity."
 CHIPS_A_ROW = 3
 MARKERS_A_LINE = 10
 CONDITIONS = ("clean", "vanilla", "romer")
@@ -94,6 +95,7 @@ def fig2_kl(
                 lower.set_ylabel("relative error of output")
         log_ticks(first.xaxis)
         log_ticks(first.yaxis)
+        figure.supxlabel(FIG2_OMITS, fontsize=7.5)
         _fig2_legend(figure, colour, marker, tint, [s for s in LINES if (layers["source"] == s).any()])
         return save(figure, folder, name)
 

@@ -6,14 +6,16 @@ romer benchmark model=olmoe method=romer 'profile.benchmark.tasks=[piqa,arc_easy
 """
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import pandas as pd
+from lm_eval.api.task import ConfigurableTask
 
 from romer.cost import cost
 from romer.errors import InputError
 from romer.evaluate import benchmarks
-from romer.evaluate.harness import Prepared, Scorer, evaluate, prepare
+from romer.evaluate.harness import Scorer, evaluate, prepare
 from romer.evaluate.sweep import points, sweep
 from romer.methods import get
 from romer.stages import plan
@@ -43,24 +45,27 @@ def named(job: Job, task: str) -> tuple[str, list[dict] | None]:
     return task, None
 
 
-def prepared(job: Job, scorer: Scorer) -> list[Prepared]:
-    """The configured tasks with their first items. InputError names an unknown one before any other is read."""
-    size = job.config["profile"]["benchmark"]
-    known = (*benchmarks.STOCK, WORDS)
-    if unknown := [task for task in size["tasks"] if task not in known]:
-        raise InputError(f"profile.benchmark.tasks: found {unknown[0]!r}, expected some of {', '.join(known)}")
-    return [prepare(scorer, benchmarks.load(*named(job, task)), size["items"]) for task in size["tasks"]]
+def load(job: Job, names: Iterable[str]) -> list[ConfigurableTask]:
+    """The tasks with their documents. InputError names an unknown one before any is read."""
+    names, known = list(names), (*benchmarks.STOCK, WORDS)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"lm-eval's tasks: found {unknown[0]!r}, expected some of {', '.join(known)}")
+    return [benchmarks.load(*named(job, name)) for name in names]
 
 
-@application("benchmark")
-def main(job: Job, run: Run) -> None:
-    """Writes records.parquet (one row a method, realisation, task and metric) and coverage.csv, prints the means."""
+def score(job: Job, run: Run, asked: Mapping[str, int | None]) -> None:
+    """Scores tasks (name -> how many of its first items, None for all) on the job's methods; resumes a killed run.
+
+    Writes records.parquet (one row a method, realisation, task and metric) and coverage.csv, prints the table. Raises
+    InputError for an unknown task, missing documents, and a context longer than the model's, before anything is fitted.
+    """
     cfg = job.cfg
     wanted = job.methods
+    loaded = load(job, asked)
     model, tokenizer = job.load()
-    noise, fitted = job.noise(), plan.read(job, model, tokenizer, [name for name, _ in wanted])
     scorer = Scorer(model, tokenizer, cfg.profile.window * cfg.profile.batch, cfg.profile.window)
-    tasks = prepared(job, scorer)
+    tasks = [prepare(scorer, task, items) for task, items in zip(loaded, asked.values(), strict=True)]
+    noise, fitted = job.noise(), plan.read(job, model, tokenizer, [name for name, _ in wanted])
     todo = points(fitted, wanted, range(cfg.profile.benchmark.realisations))
     context = {"tasks": {one.task.config.task: one.hash for one in tasks}}
     keys = dict(zip(todo, job.point_keys([p.key for p in todo], context), strict=True))
@@ -96,6 +101,30 @@ def main(job: Job, run: Run) -> None:
     job.points.clear(keys.values())
     means = records.groupby(["method", "task", "metric"], sort=False).value.mean()
     run.summary({"/".join(at): value for at, value in means.items()})
-    for task, columns in means.unstack("metric").groupby("task", sort=False):
-        shown = columns.droplevel("task").dropna(axis=1)
-        print(f"\n{task}\n{shown.to_string(float_format=lambda value: f'{value:.4g}')}")
+    print("\nmean ± standard deviation over draws of the noise (standard error over items)")
+    print(table(records).loc[[name for name, _ in wanted]].to_string(na_rep="", line_width=120))
+
+
+def table(records: pd.DataFrame) -> pd.DataFrame:
+    """A row a method: draws (realisations of the noise), then a column a task and metric, with the number of items."""
+    used = records["items"].astype(str) + " of " + records["items_total"].astype(str) + " items"
+    rows = records.assign(task=records["task"].str.removeprefix("lm_eval:"), items=used)
+    columns = ["task", "items", "metric"]
+    cells = rows.groupby(["method", *columns])[["value", "stderr"]].apply(cell).unstack(columns)
+    draws = records[records["realisation"] >= 0].groupby("method")["realisation"].nunique()
+    cells.insert(0, ("", "", "draws"), draws.reindex(cells.index, fill_value=0))
+    return cells.rename_axis(index=None, columns=[None] * 3)
+
+
+def cell(rows: pd.DataFrame) -> str:
+    """mean ± standard deviation of the values, if there are two, and the mean standard error, if lm-eval defines it."""
+    spread, error = rows["value"].std(), rows["stderr"].astype(float).mean()
+    text = f"{rows['value'].mean():.4g}" + ("" if pd.isna(spread) else f" ± {spread:.2g}")
+    return text + ("" if pd.isna(error) else f" ({error:.2g})")
+
+
+@application("benchmark")
+def main(job: Job, run: Run) -> None:
+    """The tasks of the profile, as `score` does them."""
+    size = job.config["profile"]["benchmark"]
+    score(job, run, dict.fromkeys(size["tasks"], size["items"]))

@@ -1,7 +1,9 @@
-"""`romer evaluate`: token perplexity of every method on held-out text, on the same realisations.
+"""`romer evaluate`: token perplexity of every method on held-out text, on the same realisations; or, by hand, tasks of
+lm-evaluation-harness, scored as `romer benchmark` scores them.
 
 romer evaluate model=olmoe temperature=80                     # all methods; what the pipeline runs
 romer evaluate -m model=olmoe,qwen3 temperature=25,80 method=vanilla,romer
+romer evaluate model=olmoe temperature=80 method=clean,vanilla,romer task=piqa,arc_easy
 """
 
 import json
@@ -14,6 +16,7 @@ from torch import nn
 
 from romer import perplexity
 from romer.cost import cost
+from romer.errors import InputError
 from romer.evaluate.perplexity import predicted
 from romer.evaluate.sweep import Point, points, sweep
 from romer.methods import Fitted, get
@@ -106,14 +109,21 @@ def by_hand(job: Job) -> Path | None:
 
 @application("evaluate")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet and coverage.csv, and prints the means."""
+    """Writes records.parquet and coverage.csv, and prints the means. InputError for heldout beside lm-eval's tasks."""
+    task = job.config["task"]
+    if "tasks" in task:
+        if "name" in task:
+            raise InputError(f"task: found {task['name']} beside {', '.join(task['tasks'])}, expected one or the other")
+        from romer.stages import benchmark  # lm-eval; and it imports this module
+
+        return benchmark.score(job, run, task["tasks"])
     wanted = job.methods
     size = job.cfg.profile
     records, publish = measure(
         job,
         [name for name, _ in wanted],
         lambda model, fitted: points(fitted, wanted, range(size.realisations)),
-        f"ppl:{job.cfg.task.name}",
+        f"ppl:{task['name']}",
         size.evaluate.tokens,
     )
     publish(by_hand(job))

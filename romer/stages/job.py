@@ -43,6 +43,8 @@ class Job:
         self.stage, self.cfg = stage, cfg
         if not isinstance(cfg.chip.name, str):
             raise InputError(f"chip.name: found {cfg.chip.name!r}, expected a name")
+        if "tasks" in cfg.task and stage != "evaluate":
+            raise InputError(f"task: found {', '.join(cfg.task.tasks)}, which `romer evaluate` alone measures")
         self.config = OmegaConf.to_container(cfg, resolve=True)
         self.inputs: dict[str, str] = {}
         self.lineage: dict[str, str] = {}  # what the inputs themselves were made from

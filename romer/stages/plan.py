@@ -18,6 +18,7 @@ from romer.methods import Fitted, get
 from romer.moments import collect
 from romer.routers import moe_layers
 from romer.routing import apply
+from romer.sensitivity import collect as weigh
 from romer.stages.job import CALIBRATION_REALISATIONS, Job, application
 from romer.tracking import Run
 
@@ -96,8 +97,20 @@ def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
     folder = job.read("plan")
     chosen = json.loads((folder / "plan.json").read_text())
     found = load_file(folder / "activation.safetensors")
-    moments, size = {}, job.cfg.profile
-    if any(get(name).learns for name in names):
+    wanted, moments, sensitivity, noise, size = [get(name) for name in names], {}, {}, None, job.cfg.profile
+    if any(method.learns or method.weighs for method in wanted):
         ids = job.ids(tokenizer, "calibration", size.fit.tokens)
         moments = collect(model, ids, size.window, size.batch)
-    return Fitted(found["fitted_on"], chosen["n_replace"], chosen["strength"], found["counts"], moments)
+    if any(method.weighs for method in wanted):
+        sensitivity, noise = weigh(model, ids, moments, job.placement, min(size.window, 128)), job.noise()
+    return Fitted(
+        found["fitted_on"],
+        chosen["n_replace"],
+        chosen["strength"],
+        found["counts"],
+        moments,
+        sensitivity,
+        noise,
+        job.placement,
+        CALIBRATION_REALISATIONS,
+    )

@@ -12,11 +12,13 @@ Experiments around one operating point, each on the same realisations:
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 
+import pandas as pd
 import yaml
+from torch import nn
 
 from romer import InputError, perplexity, program
 from romer.chips import build
@@ -24,7 +26,7 @@ from romer.cli import conf_folder
 from romer.encoding import Layout
 from romer.evaluate.perplexity import predicted
 from romer.evaluate.sweep import CLEAN
-from romer.methods import get
+from romer.methods import Fitted, get
 from romer.noise import NoiseModel
 from romer.probes import (
     PARTS,
@@ -47,8 +49,8 @@ NAIVE = "kb_calibration"  # the compensation that the paper's figure 3 calls nai
 
 @dataclass(frozen=True)
 class Probe:
-    """One measurement: a method's routing and layout (or another layout), on the errors of `noise` (None: clean
-    weights), inside `around`."""
+    """One measurement: the routing of a method with the options `given`, and a layout, on the errors of `noise` (None:
+    clean weights), inside `around`; options: what its record says."""
 
     task: str
     method: str
@@ -58,6 +60,7 @@ class Probe:
     layout: Layout | None = None
     around: Callable[[], AbstractContextManager] = nullcontext
     chip: str | None = None
+    given: dict = field(default_factory=dict)
 
     @property
     def key(self) -> dict:
@@ -118,7 +121,12 @@ def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list
             at = fitted_on | {"celsius": celsius}
             probes += [Probe("ppl:transfer", m, at, r, other, Layout(), chip=chip) for m in ("vanilla", "romer")]
     probes += [Probe("ppl:unnoised", m, {}, CLEAN, None) for m in ("clean", *CURES)]
-    order: dict[tuple, int] = {}  # neighbours share a programming
+    return together(probes)
+
+
+def together(probes: list[Probe]) -> list[Probe]:
+    """The probes in an order in which those that share a programming are neighbours."""
+    order: dict[tuple, int] = {}
     return sorted(probes, key=lambda p: order.setdefault((p.realisation, p.noise, p.layout), len(order)))
 
 
@@ -146,28 +154,11 @@ def main(job: Job, run: Run) -> None:
     routing = Routing(model, noise, job.placement, measure)
     probes = listed(job, model, fitted, noise, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
-    rows, todo = [], list(zip(probes, keys, strict=True))
+    todo = zip(probes, keys, strict=True)
     if any(p.task == "ppl:routing" and job.points.get(key) is None for p, key in todo):
         for realisation in (CLEAN, *range(size.realisations)):
             routing.record(realisation)
-    for (realisation, on, layout), group in groupby(todo, lambda t: (t[0].realisation, t[0].noise, t[0].layout)):
-        group = list(group)
-        with ExitStack() as stack:
-            if on is not None and any(job.points.get(key) is None for _, key in group):
-                stack.enter_context(program(model, on, realisation, job.placement, layout))
-            for p, key in group:
-                how = get(p.method).routing(fitted, get(p.method).options(fitted, {}))
-                with apply(model, *how), p.around():
-                    found = job.point(
-                        key, f"{p.task.removeprefix('ppl:')}-{p.method}-{realisation}", lambda: {"value": measure()}
-                    )
-                job.say(f"{p.task} {p.method} {json.dumps(p.options)} realisation {realisation}: {found['value']:.4f}")
-                row = record(job, p.method, p.options, p.task, realisation, found["value"], found["run_id"])
-                row |= {"tokens": predicted(size.tokens, cfg.profile.window), "cells": 1.0}
-                if p.chip is not None:
-                    row |= {"chip": p.chip, "temperature_c": float(p.options["celsius"])}
-                rows.append(row)
-    records = in_order(rows)
+    records = measured(job, model, fitted, probes, keys, size.tokens, measure)
     with job.write(by_hand(job)) as folder:
         records.to_parquet(folder / "records.parquet", index=False)
         job.write_coverage(model, folder)
@@ -175,3 +166,35 @@ def main(job: Job, run: Run) -> None:
     means = records.groupby(["task", "chip", "method", "options"]).value.agg(["mean", "min", "max", "count"])
     run.summary({"points": len(records)})
     print(means.to_string(float_format="%.3f"))
+
+
+def measured(
+    job: Job,
+    model: nn.Module,
+    fitted: Fitted,
+    probes: list[Probe],
+    keys: list[dict],
+    tokens: int,
+    measure: Callable[[], float],
+) -> pd.DataFrame:
+    """The records of all probes, those of a killed run not measured again; neighbours that can share a programming."""
+    rows, todo = [], list(zip(probes, keys, strict=True))
+    for (realisation, on, layout), group in groupby(todo, lambda t: (t[0].realisation, t[0].noise, t[0].layout)):
+        group = list(group)
+        with ExitStack() as stack:
+            if on is not None and any(job.points.get(key) is None for _, key in group):
+                stack.enter_context(program(model, on, realisation, job.placement, layout))
+            for p, key in group:
+                how = get(p.method).routing(fitted, get(p.method).options(fitted, p.given))
+                with apply(model, *how), p.around():
+                    found = job.point(
+                        key, f"{p.task.removeprefix('ppl:')}-{p.method}-{realisation}", lambda: {"value": measure()}
+                    )
+                job.say(f"{p.task} {p.method} {json.dumps(p.options)} realisation {realisation}: {found['value']:.4f}")
+                row = record(job, p.method, p.options, p.task, realisation, found["value"], found["run_id"])
+                cells = 1.0 if p.layout is None else p.layout.encoding.cells
+                row |= {"tokens": predicted(tokens, job.cfg.profile.window), "cells": cells}
+                if p.chip is not None:
+                    row |= {"chip": p.chip, "temperature_c": float(p.options["celsius"])}
+                rows.append(row)
+    return in_order(rows)

@@ -18,6 +18,7 @@ from romer.report import (
     claims,
     comparisons,
     figures,
+    frontier,
     hardware,
     routing_figures,
     routing_tables,
@@ -236,6 +237,19 @@ def write_benchmarks(job: Job, tables_folder: Path, figures_folder: Path) -> Non
         benchmarks.figure1(rows, figures_folder, "Figure 1. Greedy continuations, clean, noisy and with ROMER.")
 
 
+def write_frontier(job: Job, tables_folder: Path, figures_folder: Path) -> None:
+    """What methods take back for what, where the profile has it in its pipeline."""
+    at, records, costs = job.cfg.profile.frontier, [], []
+    for (_, model, _), folder in artifacts(job, "frontier", [at.chip], at.models, [at.temperature]):
+        records.append(pd.read_parquet(folder / "records.parquet"))
+        costs.append(pd.read_csv(folder / "cost.csv").assign(model=model))
+    if records:
+        table = frontier.taken_back(pd.concat(records, ignore_index=True), pd.concat(costs, ignore_index=True))
+        words = f"{frontier.CAPTION} Text: {text_name(job)}; models: {job.cfg.profile.what}."
+        tables.write(table, tables_folder, "frontier", words)
+        frontier.picture(table, figures_folder, "frontier")
+
+
 def text_name(job: Job) -> str:
     """What the evaluation text is called in captions."""
     name = json.loads((job.read("text") / "about.json").read_text())["name"]
@@ -255,6 +269,7 @@ def main(job: Job, run: Run) -> None:
         write_tables(job, tables_folder, models, records, fitted, costs)
         write_figures(job, figures_folder, records, fitted, costs)
         write_benchmarks(job, tables_folder, figures_folder)
+        write_frontier(job, tables_folder, figures_folder)
     with job.write(job.root / "claims") as folder:
         claims.write(ledger, folder, f"Models: {size.what}. Text: {text_name(job)}.")
     buffer = io.BytesIO()

@@ -84,6 +84,8 @@ DEFAULTS = yaml.safe_load(Path(workflow.basedir, "conf/config.yaml").read_text()
 CONTINUED = [
     (PROFILE["generate"]["chip"], m, PROFILE["generate"]["temperature"]) for m in PROFILE["generate"]["models"]
 ]
+BESIDE = PROFILE["frontier"]
+FRONTIER = [(BESIDE["chip"], model, BESIDE["temperature"]) for model in BESIDE["models"]]
 SHEET = next(choice["hardware"] for choice in DEFAULTS["defaults"] if "hardware" in choice)
 WORKLOAD = DEFAULTS["workload"]
 CALIBRATED = POINTS + points(PROFILE["measured_chips"], PROFILE["measured_models"])
@@ -140,14 +142,28 @@ def estimate(cores):
     tokens += (
         len(COSTED) * WORKLOAD["realisations"] * (len(methods) + len(WORKLOAD["n_replace"])) * size["costed"]["tokens"]
     )
+    swept = 2 * len(BESIDE["swept"]["budgets"]) + 4 + len(BESIDE["swept"]["copies"]) + 3 * len(BESIDE["scales"])
+    elsewhere = len(BESIDE["chips"]) * (len(BESIDE["chip_methods"]) + 1) + 4 * len(BESIDE["drift"]["chips"])
+    beside = 1 + len(BESIDE["methods"]) * BESIDE["realisations"] + swept * BESIDE["swept"]["realisations"]
+    beside = len(FRONTIER) * (beside + elsewhere * BESIDE["elsewhere"] + 4 * BESIDE["choice"]["realisations"])
+    tokens += len(FRONTIER) * 4 * size["fit"]["tokens"] + beside * BESIDE["tokens"]
     marks = size["benchmark"]
     tokens += len(MARKED) * (1 + (len(methods) - 1) * marks["realisations"]) * 370 * (marks["items"] or 3000)
     draws = 6 * len(CALIBRATED) * size["calibrate"]["realisations"] + len(POINTS) * (2 + size["plan"]["realisations"])
     draws += len(PROBED) * 12 * probe["realisations"] + len(COSTED) * WORKLOAD["realisations"] * len(methods)
     draws += sum(c in size["evaluated_chips"] for c, _, _ in POINTS) * (len(methods) - 4) * size["realisations"]
     draws += sum(c in size["ablated_chips"] for c, _, _ in POINTS) * size["realisations"]
-    draws += len(MARKED) * (len(methods) - 4) * marks["realisations"]
-    jobs = len(MODELS) + len(COSTED) + len(MARKED) + len(CONTINUED) + 3 * len(POINTS) + len(CALIBRATED) + len(PROBED)
+    draws += len(MARKED) * (len(methods) - 4) * marks["realisations"] + 3 * beside
+    jobs = (
+        len(MODELS)
+        + len(COSTED)
+        + len(MARKED)
+        + len(CONTINUED)
+        + len(FRONTIER)
+        + 3 * len(POINTS)
+        + len(CALIBRATED)
+        + len(PROBED)
+    )
     parallel = min(cores or 1, os.cpu_count() or 1)
     seconds = tokens / size["tokens_per_second"] + size["seconds_per_job"] * jobs + size["seconds_to_program"] * draws
     return seconds / parallel / 60

@@ -162,6 +162,35 @@ rule probe:
         f"{ROMER} probe {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
 
 
+rule frontier:
+    input:
+        text=f"{ROOT}/text",
+        standin=f"{ROOT}/standin/{{model}}",
+        calibrate=f"{ROOT}/calibrate/{OPERATING_POINT}",
+        profile=f"{ROOT}/profile/{OPERATING_POINT}",
+        plan=f"{ROOT}/plan/{OPERATING_POINT}",
+    output:
+        directory(f"{ROOT}/frontier/{OPERATING_POINT}"),
+    log:
+        f"{ROOT}/logs/frontier/{OPERATING_POINT}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/frontier/{OPERATING_POINT}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: share
+    resources:
+        mem_mb=PROFILE["mem_mb"],
+        gpu=PROFILE["gpus"],
+        runtime=480,
+    params:
+        common=COMMON,
+        library=LIBRARY,
+        conf=CONF,
+        sheet=digest(f"conf/hardware/{SHEET}.yaml"),
+    shell:
+        f"{ROMER} frontier {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
+
+
 rule hardware:
     input:
         text=f"{ROOT}/text",

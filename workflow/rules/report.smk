@@ -9,6 +9,7 @@ rule report:
         evaluate=at_points(f"{ROOT}/evaluate/{OPERATING_POINT}", PROFILE["evaluated_chips"]),
         ablate=at_points(f"{ROOT}/ablate/{OPERATING_POINT}", PROFILE["ablated_chips"]),
         probe=at_points(f"{ROOT}/probe/{OPERATING_POINT}", among=PROBED),
+        frontier=at_points(f"{ROOT}/frontier/{OPERATING_POINT}", among=FRONTIER),
         hardware=at_points(f"{ROOT}/hardware/{SHEET}/{OPERATING_POINT}", among=COSTED),
         benchmark=at_points(f"{ROOT}/benchmark/{OPERATING_POINT}", among=MARKED),
         generate=at_points(f"{ROOT}/generate/{OPERATING_POINT}", among=CONTINUED),

@@ -1,0 +1,44 @@
+"""Low-rank digital paths that take out errors that were read back, with ranks where they are worth most."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from romer.corrections import Affine, Chain, share
+from romer.encoding import PLAIN, Encoding, Layout
+from romer.errors import InputError
+from romer.lowrank import LowRank, allocate, spectra
+from romer.methods import Fitted, Method, register
+from romer.placement import coverage
+
+LEAST_INPUTS = 128  # of an array whose outputs are scaled and shifted
+DEFAULTS = {"budget": 0.02, "read_error": 0.0, "refit": True}
+
+
+def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = PLAIN) -> LowRank:
+    """Paths of `budget` digital numbers, a share of the analog weights. Where they go is decided on a realisation for
+    calibration, once for all uses of `fitted`."""
+    if fitted.noise is None:
+        raise InputError("low-rank path: nothing is known of the noise that the ranks are for")
+    known = fitted.known.get(("spectra", encoding))
+    if known is None:
+        known = spectra(
+            model, fitted.noise, fitted.realisation, fitted.placement, encoding, fitted.moments, fitted.sensitivity
+        )
+        fitted.known["spectra", encoding] = known
+    shapes = {row.parameter: row.shape for row in coverage(model, fitted.placement) if row.analog}
+    return LowRank(fitted.moments, fitted.sensitivity, allocate(known, shapes, float(budget)))
+
+
+def layout(model: nn.Module, fitted: Fitted, o: Mapping, encoding: Encoding = PLAIN, affine: bool = False) -> Layout:
+    """The paths behind an encoding and, with `affine`, a scale and offset of each output behind the paths, where an
+    array has at least LEAST_INPUTS and the budget pays for all of them."""
+    budget, step = float(o["budget"]), Affine(fitted.moments, "channel", LEAST_INPUTS)
+    taken = share(step, model, fitted.placement) if affine else 0.0
+    correction = paths(model, fitted, budget - taken if taken <= budget else budget, encoding)
+    if affine and taken <= budget:
+        correction = Chain((correction, step))
+    return Layout(encoding, correction=correction, refit=o["refit"], read_error=float(o["read_error"]))
+
+
+register(Method("low_rank", defaults=lambda fitted: dict(DEFAULTS), layout=layout, learns=True, weighs=True))

@@ -1,0 +1,166 @@
+"""What methods take back for which cells, digital numbers and energy: a table and the picture that a designer needs.
+
+    table = taken_back(records, costs)
+    write(table, "results/tables", "frontier", CAPTION)
+    picture(table, "results/figures", "frontier")
+
+`records` and `costs` are those of the frontier stage, `costs` with a column `model`.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from romer.errors import InputError
+from romer.report.style import COLOURS, STYLE, require, save
+from romer.report.tables import measured, options_of, perplexities
+from romer.statistics import paired
+
+EXPERIMENTS = ("methods", "budget", "read", "scaled", "chips", "drift")
+CONDITIONS = ("scale", "celsius", "seconds")  # of a record's options: where it was measured, not what
+ABOUT = (*CONDITIONS, "fitted_on")
+COST = ("side", "digital", "operations", "energy_j")
+CAPTION = (
+    "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
+    " digital numbers beside the arrays, as a share of the analog weights; cells and energy as multiples of vanilla's;"
+    " p: two-sided paired t-test of ln(ppl) against the average of two copies, not corrected."
+)
+COLUMNS = "experiment model chip temperature_c where method setting mean low high realisations recovered recovered_low"
+COLUMNS = f"{COLUMNS} recovered_high cells side digital operations energy p_average tokens".split()
+LOOK = {
+    "vanilla": ("vanilla", COLOURS[6], "x"),
+    "average": ("average of copies", COLOURS[1], "s"),
+    "weight_remapping": ("weight remapping", COLOURS[5], "D"),
+    "romer": ("ROMER", COLOURS[3], "v"),
+    "channel_affine": ("channel affine", COLOURS[4], "^"),
+    "compensated_programming": ("compensated programming", COLOURS[2], "P"),
+    "low_rank": ("low-rank paths", "#56606b", "o"),
+    "romer_plus": ("romer_plus", COLOURS[0], "*"),
+}
+
+
+def _split(options: dict) -> tuple[dict, dict]:
+    """(where, what) of a record's options."""
+    return {k: v for k, v in options.items() if k in CONDITIONS}, {k: v for k, v in options.items() if k not in ABOUT}
+
+
+def _words(where: dict) -> str:
+    found = [f"{where['scale']:g} x noise"] if "scale" in where else []
+    return ", ".join(found + ([f"{where['seconds']:g} s after programming"] if "seconds" in where else []))
+
+
+def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """One row per experiment, place, method and setting: perplexity, recovered fraction, what it costs.
+
+    records: rows of the tasks `ppl:<experiment>`; costs: model, method, options, cells, side, digital, operations,
+    energy_j. Raises InputError for a model without its clean row, a place without vanilla, or a setting that was not
+    priced.
+    """
+    priced = {(r.model, r.method, r.options): r for r in costs.itertuples()}
+    table = []
+    methods = perplexities(records, "ppl:methods")
+    for experiment in EXPERIMENTS:
+        rows = perplexities(records, f"ppl:{experiment}")
+        rows = rows[rows["method"] != "clean"]
+        if rows.empty:
+            continue
+        parts = [_split(options_of(row)) for row in rows.itertuples()]
+        rows = rows.assign(
+            where=[json.dumps(where, sort_keys=True) for where, _ in parts],
+            what=[json.dumps(what, sort_keys=True) for _, what in parts],
+            origin=[options_of(row).get("fitted_on", "") for row in rows.itertuples()],
+        )
+        for (model, chip, t, where), here in rows.groupby(["model", "chip", "temperature_c", "where"], sort=False):
+            clean = methods[(methods["model"] == model) & (methods["method"] == "clean")].head(1)
+            vanilla = here[here["method"] == "vanilla"]
+            if vanilla.empty and experiment == "read":
+                vanilla = methods[(methods["model"] == model) & (methods["method"] == "vanilla")]
+            if clean.empty or vanilla.empty:
+                raise InputError(f"records: {model}, ppl:{experiment} on {chip} {where} has no clean or no vanilla row")
+            copies = here[(here["method"] == "average") & (here["what"] == '{"copies": 2}')]
+            for (method, what, origin), group in here.groupby(["method", "what", "origin"], sort=False):
+                if (cost := priced.get((model, method, what))) is None:
+                    raise InputError(f"costs: {model}, {method} {what} was not priced")
+                plain = priced[model, "vanilla", "{}"]
+                cell = measured(group, vanilla, clean, f"{model}, {method} {what} on {chip} {where}")
+                both = group.merge(copies, on="realisation", suffixes=("", "_average"))
+                tested = method != "average" and len(both) > 1
+                own, other = np.log(both["value"]), np.log(both["value_average"])
+                line = {"experiment": experiment, "model": model, "chip": chip, "temperature_c": t}
+                line |= {"where": _words(json.loads(where)), "method": method}
+                line["setting"] = _setting(json.loads(what), origin)
+                line |= {key: cell[key] for key in COLUMNS if key in cell}
+                line |= {key: getattr(cost, key) for key in ("cells", "side", "digital", "operations")}
+                line |= {"energy": cost.energy_j / plain.energy_j, "p_average": np.nan}
+                if tested:
+                    line["p_average"] = paired(own, other).t_p
+                table.append(line)
+    return pd.DataFrame(table, columns=COLUMNS)
+
+
+def _setting(what: dict, origin: str) -> str:
+    words = [f"{key}={value}" for key, value in what.items()] + ([f"ranks of {origin}"] if origin else [])
+    return ", ".join(words)
+
+
+def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> tuple[Path, Path]:
+    """Recovered fraction against digital numbers, cells and energy, a column a model.
+
+    table: of `taken_back`. Writes `name`.png and `name`.svg in `folder`, returns their paths. Raises InputError for a
+    table without rows.
+    """
+    require(table, "frontier", ("experiment", "model", "method", "recovered", "side", "cells", "energy"))
+    models = list(dict.fromkeys(table["model"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.8 + 2.9 * len(models), 7.2), layout="constrained")
+        panels = figure.subplots(3, len(models), sharey="col", squeeze=False)
+        for column, model in zip(panels.T, models, strict=True):
+            rows = table[table["model"] == model]
+            _budget(column[0], rows[rows["experiment"] == "budget"])
+            shown = rows[rows["experiment"].isin(("methods", "budget"))]
+            for panel, key in ((column[1], "cells"), (column[2], "energy")):
+                for method, group in shown.groupby("method", sort=False):
+                    _, colour, marker = LOOK.get(method, (method, "grey", "o"))
+                    _points(panel, group[key], group, colour, marker)
+            column[0].set_title(model, weight="bold", fontsize=9)
+            for panel, label in zip(
+                column, ("digital share (%)", "cells (× vanilla)", "energy (× vanilla)"), strict=True
+            ):
+                panel.set_xlabel(label)
+                panel.axhline(0, color="black", lw=0.8)
+                panel.axhline(1, color="grey", lw=0.8, ls=":")
+                panel.grid(alpha=0.25, lw=0.5)
+        for panel in panels[:, 0]:
+            panel.set_ylabel("recovered fraction")
+        present = [m for m in LOOK if (table["method"] == m).any()]
+        keys = [Line2D([], [], color=LOOK[m][1], marker=LOOK[m][2], ls="", label=LOOK[m][0]) for m in present]
+        figure.legend(handles=keys, loc="outside right upper", frameon=False)
+        return save(figure, folder, name)
+
+
+def _budget(panel: Axes, rows: pd.DataFrame) -> None:
+    """Curves over digital share; copies as level lines."""
+    for method in ("low_rank", "romer_plus"):
+        group = rows[rows["method"] == method].sort_values("side")
+        if len(group):
+            _, colour, marker = LOOK[method]
+            panel.plot(100 * group["side"], group["recovered"], color=colour, lw=1)
+            _points(panel, 100 * group["side"], group, colour, marker)
+    for row in rows[rows["method"] == "average"].itertuples():
+        panel.axhline(row.recovered, color=LOOK["average"][1], lw=1, ls="--")
+        at = (1, row.recovered)
+        panel.annotate(f"{row.cells:g}× cells", at, (-2, 2), xycoords=panel.get_yaxis_transform(), ha="right",
+                       fontsize=7, color=LOOK["average"][1], textcoords="offset points")  # fmt: skip
+
+
+def _points(panel: Axes, x: pd.Series, rows: pd.DataFrame, colour: str, marker: str) -> None:
+    low, high = (
+        (rows[c].fillna(rows["recovered"]) - rows["recovered"]).abs() for c in ("recovered_low", "recovered_high")
+    )
+    panel.errorbar(x, rows["recovered"], yerr=[low, high], fmt=marker, color=colour, ms=5, elinewidth=0.8, capsize=2)

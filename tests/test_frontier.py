@@ -1,0 +1,101 @@
+"""What methods take back for what: the table's numbers, its places, and what it refuses."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from romer.chips.pcm import Pcm
+from romer.errors import InputError
+from romer.noise import Conductance, NoiseModel
+from romer.report.frontier import picture, taken_back
+from romer.stages.frontier import later
+
+CLEAN, VANILLA = 10.0, 12.0
+
+
+def row(method, value, realisation=0, options=None, task="methods", chip="table1", t=80.0):
+    return {
+        "model": "olmoe",
+        "chip": chip,
+        "temperature_c": t,
+        "method": method,
+        "options": json.dumps(options or {}, sort_keys=True),
+        "task": f"ppl:{task}",
+        "metric": "token_perplexity",
+        "realisation": realisation,
+        "value": value,
+        "tokens": 511,
+        "cells": 1.0,
+    }
+
+
+def records():
+    rows = [row("clean", CLEAN, -1)]
+    for r in range(3):
+        rows += [row("vanilla", VANILLA + 0.1 * r, r), row("average", 11 + 0.05 * r, r, {"copies": 2})]
+        rows += [row("romer_plus", 10.5, r, {"budget": 0.02})]
+        rows += [row("romer_plus", 10.8, r, {"budget": 0.01}, "budget"), row("vanilla", VANILLA, r, task="budget")]
+        for scale in (0.8, 1.2):
+            rows += [row("vanilla", VANILLA * scale, r, {"scale": scale}, "scaled")]
+            rows += [row("romer_plus", 11 * scale, r, {"budget": 0.02, "scale": scale}, "scaled")]
+        here = {"celsius": 25}
+        rows += [row("vanilla", 20.0, r, here, "chips", "pcm", 25.0)]
+        rows += [row("romer_plus", 15.0, r, {"budget": 0.02} | here, "chips", "pcm", 25.0)]
+        rows += [row("romer_plus", 16.0, r, {"budget": 0.02, "fitted_on": "table1/80"} | here, "chips", "pcm", 25.0)]
+    return pd.DataFrame(rows)
+
+
+def costs():
+    settings = [("vanilla", {}, 1, 0, 2.0), ("average", {"copies": 2}, 2, 0, 3.0)]
+    settings += [("romer_plus", {"budget": b}, 1, b, 2.1) for b in (0.01, 0.02)]
+    keys = ("method", "options", "cells", "side", "energy_j")
+    rows = [dict(zip(keys, (m, json.dumps(o), *rest), strict=True)) for m, o, *rest in settings]
+    return pd.DataFrame(rows).assign(model="olmoe", digital=0.0, operations=0.0)
+
+
+def test_every_setting_is_held_against_vanilla_at_its_own_place():
+    table = taken_back(records(), costs())
+    plus = table[table["method"] == "romer_plus"].set_index(["experiment", "where", "setting"])["recovered"]
+    expected = np.mean([math.log((VANILLA + 0.1 * r) / 10.5) / math.log((VANILLA + 0.1 * r) / CLEAN) for r in range(3)])
+    assert plus["methods", "", "budget=0.02"] == pytest.approx(expected)
+    for scale in (0.8, 1.2):
+        share = math.log(VANILLA / 11) / math.log(VANILLA * scale / CLEAN)
+        assert plus["scaled", f"{scale:g} x noise", "budget=0.02"] == pytest.approx(share)
+    assert plus["chips", "", "budget=0.02"] == pytest.approx(math.log(20 / 15) / math.log(2))
+    assert plus["chips", "", "budget=0.02, ranks of table1/80"] == pytest.approx(math.log(20 / 16) / math.log(2))
+    copies = table[table["method"] == "average"].iloc[0]
+    assert copies["cells"] == 2 and copies["energy"] == 1.5 and math.isnan(copies["p_average"])
+    against = table[(table["method"] == "romer_plus") & (table["experiment"] == "methods")].iloc[0]
+    assert against["p_average"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("drop", "what"),
+    [(("method", "clean"), "no clean or no vanilla"), (("options", '{"scale": 0.8}'), "no clean or no vanilla")],
+)
+def test_what_there_is_nothing_to_hold_against_is_an_error(drop, what):
+    column, value = drop
+    found = records()
+    with pytest.raises(InputError, match=what):
+        taken_back(found[found[column] != value], costs())
+    with pytest.raises(InputError, match="costs: olmoe, romer_plus .* was not priced"):
+        taken_back(records(), costs()[lambda c: c["method"] != "romer_plus"])
+
+
+def test_the_picture_is_written_twice_the_same(tmp_path):
+    table = taken_back(records(), costs())
+    first = [path.read_bytes() for path in picture(table, tmp_path, "a")]
+    assert first[0] == picture(table, tmp_path, "b")[0].read_bytes() and b"<svg" in first[1]
+    with pytest.raises(InputError, match="frontier: found no rows"):
+        picture(table.iloc[:0], tmp_path)
+
+
+def test_a_chip_later_on_is_the_same_but_for_its_drift():
+    noise = NoiseModel(0.0, 3, (Conductance(Pcm(3600.0), 0.0, 25.0, "column", True),))
+    aged = later(noise, 86400.0)
+    assert aged.errors[0].cells == Pcm(86400.0) and aged.errors[0].scaling == "column" and aged.seed == 3
+    with pytest.raises(InputError, match="drift is not known"):
+        later(NoiseModel(0.1), 86400.0)
