@@ -56,6 +56,6 @@ def require(frame: pd.DataFrame, name: str, columns: tuple[str, ...]) -> None:
 def log_ticks(axis: Axis) -> None:
     """Ticks at 1, 2, 5 times a power of ten, or at the powers alone where that would be too many."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high < 1000 * low else LogLocator(numticks=5))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
