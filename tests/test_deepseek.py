@@ -216,7 +216,8 @@ def test_the_hubs_own_files_load_without_remote_code(ids, tmp_path):
     tensors = {}
     for name in expected_names(DeepseekConfig(**HUB_CONFIG)):
         shape = next(s for suffix, s in HUB_SHAPES.items() if name.endswith(suffix))
-        tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(len(tensors)))
+        # of size one they would make the attention so sharp that float32 loses 1e-4 on some processors
+        tensors[name] = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(len(tensors)))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
