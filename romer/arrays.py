@@ -35,13 +35,13 @@ class KeptDraws(Draws):
         super().__init__(seed, realisation, tensor)
         object.__setattr__(self, "kept", {})
 
-    def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
-        """As `Draws.normal`."""
+    def shared(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        """As `Draws.shared`."""
         rows, *rest = tuple(like.shape) if isinstance(like, torch.Tensor) else like
         kept = self.kept.get((kind, *rest))
         if kept is None or len(kept) < rows:
             device = like.device if isinstance(like, torch.Tensor) else "cpu"
-            kept = super().normal(kind, (max(rows, 2 * len(kept) if kept is not None else 0), *rest)).to(device)
+            kept = super().shared(kind, (max(rows, 2 * len(kept) if kept is not None else 0), *rest)).to(device)
             self.kept[kind, *rest] = kept
         return kept[:rows]
 

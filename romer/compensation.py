@@ -40,12 +40,12 @@ class _Columns(Draws):
         object.__setattr__(self, "places", places)
         return self
 
-    def normal(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
-        """As `Draws.normal`, of the columns chosen."""
+    def shared(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        """As `Draws.shared`, of the columns chosen."""
         if not isinstance(like, torch.Tensor):
             raise InputError(f"compensated programming: errors of kind {kind!r} are not those of single cells")
         if kind not in self.kept:
-            self.kept[kind] = super().normal(kind, tuple(self.shape)).to(like.device)[:, self.order]
+            self.kept[kind] = super().shared(kind, tuple(self.shape)).to(like.device)[:, self.order]
         return self.kept[kind][:, self.places]
 
 

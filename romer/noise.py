@@ -49,9 +49,13 @@ class Draws:
 
         The first rows of a longer draw are those of a shorter one.
         """
+        return self.shared(kind, like).clone()
+
+    def shared(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
+        """The same draws, not to be written to: they are kept for whoever asks next."""
         shape = tuple(like.shape) if isinstance(like, torch.Tensor) else like
         drawn = _drawn(self.seed, self.realisation, self.tensor, self.replica, kind, shape)
-        return drawn.to(like.device, copy=True) if isinstance(like, torch.Tensor) else drawn.clone()
+        return drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
 
 
 # Layouts of one realisation share most draws, and drawing is a third of the work of programming: the latest are kept.
@@ -104,7 +108,7 @@ class Proportional:
         check_sigma("sigma_dev", self.sigma_dev)
 
     def __call__(self, values, draws, outputs=0, full_range=None):
-        return values * (1.0 + self.sigma_dev * draws.normal("device", values))  # eq. 2
+        return (self.sigma_dev * draws.shared("device", values)).add_(1.0).mul_(values)  # eq. 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class ColumnGain:
         columns, inputs = values.shape[outputs], values.shape[1 - outputs]
         tiles = -(-inputs // self.tile_rows)
         shape = (columns, tiles) if outputs == 0 else (tiles, columns)  # rows first: a cache grows by rows
-        gain = 1.0 + self.sigma * draws.normal("column", shape).to(values.device)
+        gain = 1.0 + self.sigma * draws.shared("column", shape).to(values.device)
         return values * gain.repeat_interleave(self.tile_rows, 1 - outputs).narrow(1 - outputs, 0, inputs)
 
 
@@ -149,7 +153,7 @@ class Drift:
             raise InputError(f"drift t0: found {self.t0}, expected a finite number of seconds > 0")
 
     def __call__(self, values, draws, outputs=0, full_range=None):
-        exponent = (self.nu + self.nu_sigma * draws.normal("drift", values)).clamp(min=0)
+        exponent = (self.nu + self.nu_sigma * draws.shared("drift", values)).clamp(min=0)
         return values * (-math.log(max(self.seconds / self.t0, 1.0)) * exponent).exp()  # pow's bits vary with threads
 
 
@@ -230,7 +234,7 @@ class NoiseModel:
 
     def epsilon(self, name: str, shape: torch.Size, realisation: int, replica: int = 0) -> torch.Tensor:
         """ε of eq. 2 of one array: float32 of `shape` on the CPU, N(0, σ_dev²)."""
-        return self.sigma_dev * Draws(self.seed, realisation, name, replica).normal("device", tuple(shape))
+        return self.sigma_dev * Draws(self.seed, realisation, name, replica).shared("device", tuple(shape))
 
     def store(
         self, values: torch.Tensor, draws: Draws, outputs: int = 0, full_range: float | torch.Tensor | None = None

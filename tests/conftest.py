@@ -1,7 +1,9 @@
 """Tiny random models of the paper's four architectures, for tests of properties that hold for any weights."""
 
 import copy
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,11 +73,10 @@ def tiny(name: str, **changes):
     return model.eval().requires_grad_(False)
 
 
-# Files whose tests share the finished smoke run: one worker of pytest-xdist takes them all, and first, for they take
-# longest. (Its own groups, --dist loadgroup, have no effect in xdist 3.8.0 under pytest 9.2.)
-SHARED = {
-    f"tests/test_{name}.py" for name in ("pipeline", "calibrate_stage", "configuration", "readme", "evaluate_tasks")
-}
+# Of two workers of pytest-xdist one runs the whole smoke profile and then the tests that run it again, the other meanwhile
+# those that need no such run; what is left needs it, and comes last, on a copy where another worker made it. (xdist's
+# own groups, --dist loadgroup, have no effect in 3.8.0 under pytest 9.2.)
+FIRST = "tests/test_pipeline.py"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -84,14 +85,13 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "smoke" if nodeid.split("::")[0] in SHARED else nodeid
+            return FIRST if nodeid.split("::")[0] == FIRST else nodeid
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):
-    assert all(i.nodeid.split("::")[0] in SHARED for i in items if "smoke_results" in i.fixturenames)
-    items.sort(key=lambda item: item.nodeid.split("::")[0] not in SHARED)
+    items.sort(key=lambda i: 0 if i.nodeid.split("::")[0] == FIRST else 2 if "smoke_results" in i.fixturenames else 1)
 
 
 @pytest.fixture(scope="session")
@@ -148,14 +148,30 @@ def logits(ids):
 
 
 @pytest.fixture(scope="session")
-def smoke_results(tmp_path_factory) -> Path:
-    """A results folder in which the whole smoke profile has run once."""
-    folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "profile=smoke", f"results={folder}"]
+def smoke_results(tmp_path_factory, request) -> Path:
+    """A results folder in which the whole smoke profile has run once; of each worker its own."""
+    folder = tmp_path_factory.getbasetemp() / "results"
+    if not hasattr(request.config, "workerinput"):  # no xdist
+        return smoke_run(folder)
+    made = tmp_path_factory.getbasetemp().parent / "smoke"
+    with made.open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not (first := lock.read()):
+            lock.write(str(smoke_run(folder)))
+        else:
+            shutil.copytree(f"{first}.kept", folder, symlinks=True)
+    return folder
+
+
+def smoke_run(folder: Path) -> Path:
+    """Runs the whole smoke profile on one core; `<folder>.kept` is a copy of what came out."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "profile=smoke", f"results={folder}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     root = Path(__file__).parents[1]
     done = subprocess.run([*command, "--", "all"], cwd=root, env=env, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    shutil.copytree(folder, f"{folder}.kept", symlinks=True)
     return folder
 
 

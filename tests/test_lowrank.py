@@ -50,7 +50,7 @@ def test_a_path_leaves_what_the_best_of_its_rank_leaves(rank):
     seen, error, weight = correlated(48), random(30, 48, seed=5), random(30, seed=6).square() + 0.1
     values, path = leading("w", error, {"w": seen}, weight, rank)
     left = energy(error - path.of(error), seen, weight)
-    assert best(error, seen, weight, rank) <= left * (1 + 1e-9)
+    assert best(error, seen, weight, rank) <= left * (1 + 1e-6)  # the path is float32
     assert left <= best(error, seen, weight, rank) * 1.02
     assert values.sum().item() == pytest.approx(energy(error, seen, weight) - left, rel=0.02)
     assert torch.linalg.matrix_rank(path.of(error).double(), rtol=1e-5) == rank

@@ -53,7 +53,7 @@ class MeasuredCells:
             torch.lerp(v.to(target.device)[upper - 1], v.to(target.device)[upper], share)
             for v in (self.mean_us, self.sigma_us)
         )
-        return target + mean + sigma * draws.normal(f"{kind} cell", target)
+        return target + mean + sigma * draws.shared(f"{kind} cell", target)
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,13 @@ class Pcm:
 
     def __call__(self, target: torch.Tensor, draws: Draws, kind: str) -> torch.Tensor:
         g = (target / self.G_MAX_US).clamp(min=1e-6)  # of the full range; a reset cell has a logarithm, too
-        conductance = (target + self.programming_sigma(g) * draws.normal(f"{kind} programming", target)).clamp(min=0)
+        conductance = (target + self.programming_sigma(g) * draws.shared(f"{kind} programming", target)).clamp(min=0)
         if self.seconds > self.T_REFERENCE:
-            nu = self.drift_mean(g) + self.drift_sigma(g) * draws.normal(f"{kind} drift", target)
+            nu = self.drift_mean(g) + self.drift_sigma(g) * draws.shared(f"{kind} drift", target)
             conductance = conductance * (-math.log(self.seconds / self.T_REFERENCE) * nu.clamp(min=0)).exp()
         if self.read:
             sigma = conductance * self.read_q(g) * self.read_time(self.seconds)
-            conductance = (conductance + sigma * draws.normal(f"{kind} read", target)).clamp(min=0)
+            conductance = (conductance + sigma * draws.shared(f"{kind} read", target)).clamp(min=0)
         return conductance
 
     @staticmethod

@@ -1,4 +1,5 @@
 # One process per (model, operating point, stage); each loops over its points.
+# Priorities: what others wait for, then the longest first, so that no core idles at the end.
 rule calibrate:
     input:
         text=f"{ROOT}/text",
@@ -9,6 +10,7 @@ rule calibrate:
         f"{ROOT}/logs/calibrate/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/calibrate/{OPERATING_POINT}.tsv"
+    priority: 90
     conda:
         "../../environment.yml"
     threads: share
@@ -36,6 +38,7 @@ rule profile:
         f"{ROOT}/logs/profile/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/profile/{OPERATING_POINT}.tsv"
+    priority: 80
     conda:
         "../../environment.yml"
     threads: share
@@ -63,6 +66,7 @@ rule plan:
         f"{ROOT}/logs/plan/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/plan/{OPERATING_POINT}.tsv"
+    priority: 70
     conda:
         "../../environment.yml"
     threads: share
@@ -91,6 +95,7 @@ rule evaluate:
         f"{ROOT}/logs/evaluate/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/evaluate/{OPERATING_POINT}.tsv"
+    priority: 40
     conda:
         "../../environment.yml"
     threads: share
@@ -119,6 +124,7 @@ rule ablate:
         f"{ROOT}/logs/ablate/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/ablate/{OPERATING_POINT}.tsv"
+    priority: 40
     conda:
         "../../environment.yml"
     threads: share
@@ -147,6 +153,7 @@ rule probe:
         f"{ROOT}/logs/probe/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/probe/{OPERATING_POINT}.tsv"
+    priority: 50
     conda:
         "../../environment.yml"
     threads: share
@@ -175,6 +182,7 @@ rule frontier:
         f"{ROOT}/logs/frontier/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/frontier/{OPERATING_POINT}.tsv"
+    priority: 60
     conda:
         "../../environment.yml"
     threads: share
@@ -204,6 +212,7 @@ rule hardware:
         f"{ROOT}/logs/hardware/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/hardware/{OPERATING_POINT}.tsv"
+    priority: 30
     conda:
         "../../environment.yml"
     threads: share
@@ -233,6 +242,7 @@ rule benchmark:
         f"{ROOT}/logs/benchmark/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/benchmark/{OPERATING_POINT}.tsv"
+    priority: 60
     conda:
         "../../environment.yml"
     threads: share
@@ -261,6 +271,7 @@ rule generate:
         f"{ROOT}/logs/generate/{OPERATING_POINT}.log",
     benchmark:
         f"{ROOT}/benchmarks/generate/{OPERATING_POINT}.tsv"
+    priority: 20
     conda:
         "../../environment.yml"
     threads: share
