@@ -13,14 +13,14 @@ time as the plain layout does; what it needs is one read-back of every block, an
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from romer.chips.pcm import Pcm
 from romer.errors import InputError
 from romer.moments import Moments, of
-from romer.noise import Conductance, Draws, Drift, NoiseModel
+from romer.noise import Conductance, Draws, NoiseModel
+from romer.readback import as_read, estimate, read_sigma, unit
 
 LAZY = 6  # blocks whose effect on inputs far off is added up before it is applied: the same sums, less memory traffic
 DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
@@ -55,14 +55,15 @@ class Compensated:
     largest |w| of the array; moments: of the inputs of each array.
 
     Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
-    back is what was just written: drift and read noise come later. An expert that few tokens chose leans on all tokens
-    (see `romer.moments`). Raises InputError for settings out of range, an array without moments, and errors that belong
-    to whole columns.
+    back is what was just written: drift comes later; a reading counts as far as it can be trusted (`romer.readback`).
+    An expert that few tokens chose leans on all tokens (see `romer.moments`). Raises InputError for settings out of
+    range, an array without moments, and errors that belong to whole columns.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
     block: int = 32
     read_error: float = 0.0
+    latest: list = field(default_factory=list, compare=False, repr=False)  # values, draws and `known` of the last write
 
     cells, products = 1.0, 1.0
 
@@ -75,7 +76,7 @@ class Compensated:
 
     def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
         """The values [out, in] as they act, float32."""
-        if (seen := of(self.moments, draws.tensor)) is None:
+        if (moments := of(self.moments, draws.tensor)) is None:
             raise InputError(f"compensated programming: no calibration inputs of {draws.tensor}")
         values = values.float()
         if not values.any():
@@ -84,22 +85,25 @@ class Compensated:
         top = values.abs().max()
         if any(e.scaling == "column" for e in pairs):
             top = values.abs().amax(1, keepdim=True)
-        order, upper = factor(seen)
-        targets, acts = values[:, order], torch.empty_like(values)  # acts: in that order, too
-        cells, written = _Columns(draws, values.shape, order), as_written(noise)
+        order, upper = factor(moments)
+        targets, (acts, known) = values[:, order], torch.empty(2, *values.shape).to(values)  # all in that order
+        cells, seen, alike = _Columns(draws, values.shape, order), as_read(noise, written=True), unit(noise, values)
         inputs, together = values.shape[1], LAZY * self.block
         for first in range(0, inputs, together):
             group, after, kept = slice(first, first + together), slice(first + together, None), []
             for start in range(first, min(first + together, inputs), self.block):
                 block = slice(start, start + self.block)
-                read = acts[:, block] = noise.store(targets[:, block], cells.at(block), full_range=top)
+                known[:, block] = wanted = targets[:, block].clamp(-top, top) if pairs else targets[:, block]
+                read = acts[:, block] = noise.store(wanted, cells.at(block), full_range=top)
                 if start + self.block >= inputs:
                     break
-                if written is not noise:
-                    read = written.store(targets[:, block], cells.at(block), full_range=top)
+                if seen is not noise:
+                    read = seen.store(wanted, cells.at(block), full_range=top)
                 if self.read_error:
-                    read = read + self.read_error * values.abs().max() * cells.normal("read back", read)
-                error = read - targets[:, block]  # [out, block]
+                    read = read + self.read_error * top.max() * cells.shared("read back", read)
+                sigma = read_sigma(seen, wanted, self.read_error, top)
+                known[:, block] = estimate(read, wanted, sigma, alike)
+                error = known[:, block] - targets[:, block]
                 kept.append(torch.linalg.solve_triangular(upper[block, block], error, upper=True, left=False))
                 soon = slice(start + self.block, first + together)
                 targets[:, soon] += kept[-1] @ upper[block, soon]
@@ -107,19 +111,19 @@ class Compensated:
                 targets[:, after] += torch.cat(kept, 1) @ upper[group, after]
         if any(e.compensate for e in pairs) and (total := acts.abs().sum()) > 0:
             acts *= values.abs().sum() / total  # the mean decay, as `Conductance` takes it out of a whole array
-        return acts[:, order.argsort()]
+        back = order.argsort()
+        self.latest[:] = values, draws, known[:, back]
+        return acts[:, back]
 
-
-def as_written(noise: NoiseModel) -> NoiseModel:
-    """The errors that a read-back right after programming sees: no drift yet, and without the noise of that read."""
-    errors = tuple(
-        replace(e, cells=Pcm(Pcm.T_REFERENCE, read=False))
-        if isinstance(e, Conductance) and isinstance(e.cells, Pcm)
-        else e
-        for e in noise.errors
-        if not isinstance(e, Drift)
-    )
-    return noise if errors == noise.errors else replace(noise, errors=errors)
+    def known(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """What the cells are known to hold before the finished array is read, float32 [out, in]: targets that were
+        shifted on purpose, and what the read-back of each block said."""
+        values = values.float()
+        if not values.any():
+            return values
+        if not self.latest or self.latest[0] is not values or self.latest[1] != draws:
+            self.store(noise, values, draws)
+        return self.latest[2]
 
 
 _FACTORS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}

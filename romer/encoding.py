@@ -47,6 +47,10 @@ class Plain:
     def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
         return noise.store(values.float(), draws)
 
+    def known(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """What the cells are known to hold before the array is read, float32 [out, in]: the values."""
+        return values.float()
+
 
 @dataclass(frozen=True)
 class Replicated:
@@ -65,10 +69,8 @@ class Replicated:
     products = cells
 
     def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        total = noise.store(values.float(), draws)
-        for r in range(1, self.copies):
-            total += noise.store(values.float(), replace(draws, replica=r))
-        return total.div_(self.copies)
+        stored = (noise.store(values.float(), replace(draws, replica=r)) for r in range(self.copies))
+        return sum(stored) / self.copies
 
 
 SLICINGS = ("sign-magnitude", "offset-binary")
@@ -179,9 +181,9 @@ class Layout:
     """How a model sits on arrays: the encoding of its analog weights, what stays `digital` although the placement has
     it on arrays (names of tensors, or of expert slots, `<tensor>[slot]`), and the digital correction behind arrays.
 
-    refit: corrections are fitted to arrays as they are when they are used, not as they were when they had just been
-    programmed; read_error: standard deviation of a cell's value in the read-back that they are fitted to, relative to
-    the largest |w| of its array.
+    refit: corrections are fitted to a read-back of the arrays when they are used, not of when they had just been
+    programmed; read_error: standard deviation that the instrument adds to a cell's value in that read-back, relative to
+    the largest |w| of its array, beside the read noise that cells have of their own.
     """
 
     encoding: Encoding = PLAIN

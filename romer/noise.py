@@ -189,7 +189,11 @@ class Conductance:
         if self.zero not in ("low", "high"):
             raise InputError(f"conductance zero: found {self.zero!r}, expected low or high")
 
-    def __call__(self, values, draws, outputs=0, full_range=None):
+    def pair(
+        self, values: torch.Tensor, outputs: int = 0, full_range: float | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(G⁺, G⁻, s): the target conductances of values, µS, of their shape, and µS per weight, one number or one for
+        each output. outputs, full_range: as of `Error`."""
         if full_range is not None:
             top = torch.as_tensor(full_range, dtype=values.dtype, device=values.device)
             values = values.clamp(-top, top)
@@ -197,12 +201,14 @@ class Conductance:
             top = values.abs().amax(dim=1 - outputs, keepdim=True)
         else:
             top = values.abs().max()
-        scale = (self.g_max_us - self.g_min_us) / torch.where(top > 1e-30, top, 1.0)  # µS per weight; 1: all are zero
+        scale = (self.g_max_us - self.g_min_us) / torch.where(top > 1e-30, top, 1.0)  # 1: all are zero
         above, below = (values * scale).clamp(min=0), (-values * scale).clamp(min=0)
         if self.zero == "low":
-            targets = self.g_min_us + above, self.g_min_us + below
-        else:
-            targets = self.g_max_us - below, self.g_max_us - above
+            return self.g_min_us + above, self.g_min_us + below, scale
+        return self.g_max_us - below, self.g_max_us - above, scale
+
+    def __call__(self, values, draws, outputs=0, full_range=None):
+        *targets, scale = self.pair(values, outputs, full_range)
         plus, minus = (self.cells(g, draws, kind) for g, kind in zip(targets, ("plus", "minus"), strict=True))
         read = (plus - minus) / scale
         if self.compensate and full_range is None and (total := _absolute_sum(read)) > 0:

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from romer.arrays import attach
-from romer.compensation import as_written
 from romer.corrections import offset
 from romer.encoding import Layout, realise
 from romer.errors import InputError
 from romer.noise import Draws, NoiseModel, slot_name
 from romer.placement import Placement, coverage
+from romer.readback import as_read, estimate, read_sigma, unit
+
+FINISHED = "back when finished"  # a reading, and its instrument's error
 
 
 class Programmed:
@@ -33,19 +35,24 @@ class Programmed:
 
     def stored(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the array `name`, a tensor or an expert slot, acts as with `weight` [out, in] written to it; what a
-        correction is told that it acts as)."""
+        correction is told that it acts as: what a read-back says)."""
         layout, noise = self.layout, self.noise
         if layout.is_digital(name):
             return weight, weight
-        read = stored = realise(layout.encoding, noise, name, weight, self.realisation)
+        stored = realise(layout.encoding, noise, name, weight, self.realisation)
         if layout.correction is None:
             return stored, stored
-        if not layout.refit and (written := as_written(noise)) is not noise:
-            read = realise(layout.encoding, written, name, weight, self.realisation)
+        read, draws, values = stored, Draws(noise.seed, self.realisation, name), weight.float()
+        if (seen := as_read(noise, not layout.refit, FINISHED)) is not noise:
+            read = realise(layout.encoding, seen, name, weight, self.realisation)
+        if not (sigma := read_sigma(seen, values, layout.read_error)).any():
+            return stored, read
+        if not hasattr(layout.encoding, "known"):
+            what = type(layout.encoding).__name__
+            raise InputError(f"program: reading errors of arrays laid out as {what} are not simulated")
         if layout.read_error:
-            drawn = Draws(noise.seed, self.realisation, name).normal("read back of the finished array", weight)
-            read = read + layout.read_error * weight.abs().max() * drawn
-        return stored, read
+            read = read + layout.read_error * values.abs().max() * draws.shared(FINISHED, values)
+        return stored, estimate(read.float(), layout.encoding.known(noise, values, draws), sigma, unit(noise, values))
 
     def correct(
         self, name: str, weight: torch.Tensor, stored: torch.Tensor, read: torch.Tensor

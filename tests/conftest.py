@@ -73,9 +73,9 @@ def tiny(name: str, **changes):
     return model.eval().requires_grad_(False)
 
 
-# Of two workers of pytest-xdist one runs the whole smoke profile and then the tests that run it again, the other meanwhile
-# those that need no such run; what is left needs it, and comes last, on a copy where another worker made it. (xdist's
-# own groups, --dist loadgroup, have no effect in 3.8.0 under pytest 9.2.)
+# Of two workers of pytest-xdist one runs the whole smoke profile, then the tests that run it again; the other
+# meanwhile takes those that need no such run. What is left needs it and comes last, on a copy where another worker made
+# it. (xdist's own groups, --dist loadgroup, have no effect in 3.8.0 under pytest 9.2.)
 FIRST = "tests/test_pipeline.py"
 
 
@@ -153,25 +153,31 @@ def smoke_results(tmp_path_factory, request) -> Path:
     folder = tmp_path_factory.getbasetemp() / "results"
     if not hasattr(request.config, "workerinput"):  # no xdist
         return smoke_run(folder)
-    made = tmp_path_factory.getbasetemp().parent / "smoke"
+    made = (
+        tmp_path_factory.getbasetemp().parent / "smoke"
+    )  # empty at first, then where it lies, or nothing if it failed
     with made.open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.seek(0)
-        if not (first := lock.read()):
-            lock.write(str(smoke_run(folder)))
+        if found := lock.read():
+            if not (kept := Path(found)).is_dir():
+                pytest.fail("another worker's run of the smoke profile failed")
+            shutil.copytree(kept, folder, symlinks=True)
         else:
-            shutil.copytree(f"{first}.kept", folder, symlinks=True)
+            kept = folder.with_name("kept")
+            lock.write(str(kept))
+            lock.flush()
+            shutil.copytree(smoke_run(folder), kept, symlinks=True)  # before tests write into it
     return folder
 
 
 def smoke_run(folder: Path) -> Path:
-    """Runs the whole smoke profile on one core; `<folder>.kept` is a copy of what came out."""
+    """Runs the whole smoke profile on one core; returns the folder."""
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "profile=smoke", f"results={folder}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     root = Path(__file__).parents[1]
     done = subprocess.run([*command, "--", "all"], cwd=root, env=env, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    shutil.copytree(folder, f"{folder}.kept", symlinks=True)
     return folder
 
 

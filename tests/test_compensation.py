@@ -1,18 +1,18 @@
 """Compensated programming: less output error at the same cells, and the plain layout where it can do nothing."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from romer.chips.pcm import Pcm
-from romer.compensation import DAMPING, Compensated, as_written, factor
+from romer.compensation import DAMPING, Compensated, factor
+from romer.corrections import Affine
 from romer.encoding import PLAIN, Layout, realise
 from romer.errors import InputError
 from romer.moments import Moments, collect
-from romer.noise import ColumnGain, Conductance, Draws, Drift, NoiseModel
-from romer.programming import program
+from romer.noise import ColumnGain, Conductance, Draws, NoiseModel
+from romer.programming import Programmed, program
 
 SIGMA = 0.1
 NOISE = NoiseModel(SIGMA)
@@ -83,8 +83,8 @@ def test_one_block_is_the_plain_layout_and_no_noise_is_the_clean_weight():
 
 def test_errors_of_the_read_back_take_some_of_it_away():
     exact, noisy, blind = (loss(acts(Compensated({"w": SEEN}, 8, e))) for e in (0.0, 0.02, 1.0))
-    assert exact < noisy < blind
-    assert noisy < loss(acts(PLAIN)) < blind  # a read-back that says nothing does harm
+    assert exact < noisy < loss(acts(PLAIN))
+    assert blind < 1.05 * loss(acts(PLAIN))  # a read-back that says nothing changes next to nothing
 
 
 @pytest.mark.parametrize("scaling", ["tensor", "column"])
@@ -95,12 +95,9 @@ def test_measured_cells_keep_their_draws_and_their_range(scaling):
     torch.testing.assert_close(acts(Compensated({"w": SEEN}, 96), noise), acts(PLAIN, noise), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_read_back_has_not_drifted_yet():
+def test_cells_that_drift_later_are_compensated_as_written():
     pcm = Conductance(Pcm(seconds=86400.0), 0.0, 25.0, compensate=True)
-    noise = NoiseModel(errors=(pcm, Drift(0.05, 0.01, 86400.0)))
-    (written,) = as_written(noise).errors
-    assert written.cells == Pcm(Pcm.T_REFERENCE, read=False) and as_written(NOISE) is NOISE
-    noise = replace(noise, errors=(pcm,))
+    noise = NoiseModel(errors=(pcm,))
     assert loss(acts(Compensated({"w": SEEN}, 8), noise)) < loss(acts(PLAIN, noise))
 
 
@@ -140,3 +137,15 @@ def test_it_lowers_the_error_of_a_layer_of_a_model(olmoe, ids):
 def test_what_cannot_be_done_is_refused_in_one_line(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("read_error", [0.01, 0.02])
+def test_two_readings_tell_more_than_one(read_error):
+    """Of the finished array, whose cells were shifted on purpose and read once before, more is known than of a plain one
+    that was read once."""
+    left = {}
+    for encoding in (PLAIN, Compensated({"w": SEEN}, 8, read_error)):
+        layout = Layout(encoding, correction=Affine({"w": SEEN}), read_error=read_error)
+        acts, known = Programmed(NOISE, 0, {}, layout).stored("w", WEIGHT)
+        left[encoding is PLAIN] = (acts - known).square().sum().item()
+    assert left[False] < 0.97 * left[True]

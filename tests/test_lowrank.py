@@ -9,7 +9,7 @@ from romer import methods
 from romer.compensation import Compensated
 from romer.corrections import Affine, Chain
 from romer.cost import cost
-from romer.encoding import Layout
+from romer.encoding import Layout, Replicated
 from romer.errors import InputError
 from romer.lowrank import LowRank, allocate, leading, spectra
 from romer.moments import Moments, collect
@@ -204,10 +204,29 @@ def test_where_the_rank_goes_is_decided_once_and_without_the_reported_noise(mode
 
 def test_bad_readings_cost_and_are_drawn_apart(model, fitted):
     exact = weighted(model, fitted, layout_of("low_rank", model, fitted, budget=0.3))
-    noisy = weighted(model, fitted, layout_of("low_rank", model, fitted, budget=0.3, read_error=0.05))
-    assert exact < noisy
+    noisy, blind = (
+        weighted(model, fitted, layout_of("low_rank", model, fitted, budget=0.3, read_error=e)) for e in (0.05, 1.0)
+    )
+    assert exact < noisy < weighted(model, fitted, Layout())
+    assert blind < 1.05 * weighted(model, fitted, Layout())
     with pytest.raises(InputError, match="read_error: found -0.1"):
         layout_of("low_rank", model, fitted, read_error=-0.1)
+
+
+@pytest.mark.parametrize("read_error", [0.02, 1.0])
+def test_what_was_shifted_on_purpose_is_not_taken_for_an_error(model, fitted, read_error):
+    """Behind compensated programming a path takes out what went wrong, not what was written to make up for it."""
+    alone, with_paths = (
+        weighted(model, fitted, layout_of(name, model, fitted, read_error=read_error, **more))
+        for name, more in (("compensated_programming", {}), ("romer_plus", {"budget": 0.3}))
+    )
+    assert with_paths < (1.0 if read_error < 1 else 1.05) * alone
+
+
+def test_readings_of_other_layouts_are_refused(model, fitted):
+    layout = Layout(Replicated(2), correction=Affine(fitted.moments), read_error=0.01)
+    with pytest.raises(InputError, match="Replicated"):
+        weighted(model, fitted, layout)
 
 
 def test_a_path_that_is_not_refitted_does_not_know_of_drift(model, fitted, monkeypatch):

@@ -19,13 +19,15 @@ from romer.noise import Draws
 
 @dataclass(frozen=True)
 class Pcm:
-    """seconds: t after programming, at least T_REFERENCE, when drift is first read; read: whether reads add noise.
+    """seconds: t after programming, at least T_REFERENCE, when drift is first read; read: whether reads add noise;
+    reading: names a further read, with noise of its own.
 
     Calling it turns target conductances (µS, float32, any shape) into those that are read, never below 0.
     """
 
     seconds: float = 20.0
     read: bool = True
+    reading: str = ""
 
     G_MAX_US = 25.0  # µS, the largest conductance that was programmed
     T_REFERENCE = 20.0  # s, of the read that the programming spread refers to
@@ -44,8 +46,27 @@ class Pcm:
             conductance = conductance * (-math.log(self.seconds / self.T_REFERENCE) * nu.clamp(min=0)).exp()
         if self.read:
             sigma = conductance * self.read_q(g) * self.read_time(self.seconds)
-            conductance = (conductance + sigma * draws.shared(f"{kind} read", target)).clamp(min=0)
+            conductance = (conductance + sigma * draws.shared(f"{kind} read{self.reading}", target)).clamp(min=0)
         return conductance
+
+    def decay(self, target: torch.Tensor) -> torch.Tensor:
+        """What drift leaves of target conductances (µS, any shape) on average, by their mean ν: 1 at T_REFERENCE."""
+        g = (target / self.G_MAX_US).clamp(min=1e-6)
+        return (-math.log(self.seconds / self.T_REFERENCE) * self.drift_mean(g)).exp()
+
+    def read_sigma(self, target: torch.Tensor) -> torch.Tensor:
+        """µS, standard deviation of a read's own noise over cells of target conductances (µS, any shape), before a read
+        is cut off at 0.
+
+        It goes with the root mean square of what was programmed (a Gaussian cut off at 0) and has drifted.
+        """
+        g = (target / self.G_MAX_US).clamp(min=1e-6)
+        sigma = self.programming_sigma(g).clamp(min=1e-6)
+        z = target / sigma
+        density = (-(z.square()) / 2).exp() / math.sqrt(2 * math.pi)
+        square = (target.square() + sigma.square()) * torch.special.ndtr(z) + target * sigma * density
+        spread = ((math.log(self.seconds / self.T_REFERENCE) * self.drift_sigma(g)) ** 2).exp()  # of drift, in the rms
+        return square.sqrt() * self.decay(target) * spread * self.read_q(g) * self.read_time(self.seconds)
 
     @staticmethod
     def programming_sigma(g: torch.Tensor) -> torch.Tensor:

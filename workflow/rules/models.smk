@@ -8,6 +8,7 @@ rule text:
         f"{ROOT}/logs/text.log",
     benchmark:
         f"{ROOT}/benchmarks/text.tsv"
+    priority: 100
     conda:
         "../../environment.yml"
     threads: 1
@@ -31,6 +32,7 @@ rule standin:
         f"{ROOT}/logs/standin/{{model}}.log",
     benchmark:
         f"{ROOT}/benchmarks/standin/{{model}}.tsv"
+    priority: 100
     conda:
         "../../environment.yml"
     threads: share
