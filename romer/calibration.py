@@ -16,7 +16,7 @@ from torch import nn
 
 from romer.errors import InputError
 
-TOLERANCE = 0.01  # relative, of the mean KL to its target, at which the search stops
+TOLERANCE = 0.018  # relative, of the mean KL to its target, at which the search stops
 ACCEPTED = 0.02  # likewise, of the best σ when the evaluations are used up: KL(σ) jumps where tokens change experts
 MAX_EVALUATIONS = 12
 NEAR = 0.1  # of ln σ: closer together, two KL say more about a jump between them than about a slope

@@ -98,7 +98,7 @@ def test_draws_of_a_cache_are_made_once():
     assert grown.equal(plain.normal("device", (6, 4))) and grown[:5].equal(first)
     storage = kept.kept["device", 4].data_ptr()
     for rows in range(7, 11):  # doubled at the sixth row
-        assert kept.normal("device", (rows, 4)).data_ptr() == storage
+        assert kept.shared("device", (rows, 4)).data_ptr() == storage
     assert kept.normal("column", (6, 4)).ne(grown).any()
 
 

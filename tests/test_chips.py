@@ -3,13 +3,14 @@ refused in one line."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from romer import published
 from romer.adc import Adc
-from romer.chips import DATA, build, files
+from romer.chips import DATA, MeasuredCells, build, files
 from romer.chips.measurements import CellTable, ColumnErrors
 from romer.chips.pcm import Pcm
 from romer.cli import conf_folder
@@ -51,6 +52,18 @@ def test_measured_cells_have_the_mean_and_spread_of_their_table(name, temperatur
             delta = error.cells(torch.full((CELLS,), at, dtype=torch.float32), DRAWS, f"{i} {share}").double() - at
             assert abs(delta.mean() - m) < 4 * s / math.sqrt(CELLS) + 1e-4
             assert abs(delta.std() - s) < 4 * s / math.sqrt(2 * CELLS) + 1e-4
+
+
+@pytest.mark.parametrize("least", [1.0, 1e-2, 1e-5])  # µS between two conductances; the last is too fine for bins
+def test_cells_are_read_off_the_line_between_the_two_conductances_around_them(least):
+    g = torch.Generator().manual_seed(0)
+    steps = torch.rand(40, generator=g).add(0.1).where(torch.arange(40) % 5 > 0, torch.tensor(least))
+    grid = torch.cat([torch.tensor([2.0]), 2 + steps.cumsum(0)])
+    cells = MeasuredCells(grid, torch.randn(41, generator=g), torch.zeros(41))
+    assert (cells._bins is None) == (least == 1e-5)
+    target = torch.cat([grid, grid[0] + (grid[-1] - grid[0]) * torch.rand(2000, generator=g)]).clamp(max=grid[-1])
+    expected = target.numpy() + np.interp(target.numpy(), grid.numpy(), cells.mean_us.numpy())
+    np.testing.assert_allclose(cells(target, DRAWS, "plus").numpy(), expected, atol=2e-4 if least == 1e-5 else 1e-5)
 
 
 def test_a_temperature_between_measured_ones_is_said_to_be_one():

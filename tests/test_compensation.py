@@ -141,8 +141,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(make, message):
 
 @pytest.mark.parametrize("read_error", [0.01, 0.02])
 def test_two_readings_tell_more_than_one(read_error):
-    """Of the finished array, whose cells were shifted on purpose and read once before, more is known than of a plain one
-    that was read once."""
+    """Of the finished array, whose cells were shifted on purpose and read once before, more is known than of a plain
+    one that was read once."""
     left = {}
     for encoding in (PLAIN, Compensated({"w": SEEN}, 8, read_error)):
         layout = Layout(encoding, correction=Affine({"w": SEEN}), read_error=read_error)

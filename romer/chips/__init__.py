@@ -8,6 +8,7 @@ A chip is known at one or several levels: its cells (a table of measured conduct
 measured or implied by a published table). docs/chips.md says how to bring one.
 """
 
+import functools
 import math
 import os
 import re
@@ -46,14 +47,41 @@ class MeasuredCells:
     sigma_us: torch.Tensor
 
     def __call__(self, target: torch.Tensor, draws: Draws, kind: str) -> torch.Tensor:
-        grid = self.g_us.to(target.device)
-        upper = torch.searchsorted(grid, target.contiguous()).clamp(1, len(grid) - 1)
-        share = (target - grid[upper - 1]) / (grid[upper] - grid[upper - 1])
-        mean, sigma = (
-            torch.lerp(v.to(target.device)[upper - 1], v.to(target.device)[upper], share)
-            for v in (self.mean_us, self.sigma_us)
-        )
-        return target + mean + sigma * draws.shared(f"{kind} cell", target)
+        lines = [v.to(target.device) for v in self._lines]
+        below = self._interval(target).flatten()
+        start, mean, mean_slope, sigma, sigma_slope = (v.index_select(0, below).view_as(target) for v in lines)
+        along = target - start
+        mean = mean.addcmul_(mean_slope, along)
+        return sigma.addcmul_(sigma_slope, along).mul_(draws.shared(f"{kind} cell", target)).add_(mean).add_(target)
+
+    @functools.cached_property
+    def _lines(self) -> tuple[torch.Tensor, ...]:
+        """Of every interval between conductances: where it starts, mean and σ there, and their slopes [G - 1]."""
+        step = self.g_us.diff()
+        start, mean, sigma = (v[:-1] for v in (self.g_us, self.mean_us, self.sigma_us))
+        return start, mean, self.mean_us.diff() / step, sigma, self.sigma_us.diff() / step
+
+    @functools.cached_property
+    def _bins(self) -> tuple[torch.Tensor, float] | None:
+        """(interval in which each of many equal bins begins, bins per µS), where no bin has two conductances in it."""
+        low, high = self.g_us[0].item(), self.g_us[-1].item()
+        count = int((high - low) / self.g_us.diff().min().item()) + 2
+        if count > 2**16:
+            return None
+        edges = low + (high - low) / count * torch.arange(count, dtype=torch.float64)
+        inside = (torch.searchsorted(self.g_us.double(), edges, right=True) - 1).clamp(0, len(self.g_us) - 2)
+        return inside.int(), count / (high - low)
+
+    def _interval(self, target: torch.Tensor) -> torch.Tensor:
+        """int32: the interval of each target. A table of bins, which is five times as fast as a search."""
+        if self._bins is None:
+            found = torch.searchsorted(self.g_us.to(target.device), target.contiguous(), right=True) - 1
+            return found.clamp_(0, len(self.g_us) - 2).int()
+        inside, density = self._bins
+        place = ((target - self.g_us[0].item()) * density).int().clamp_(0, len(inside) - 1).flatten()
+        found = inside.to(target.device).index_select(0, place)
+        next_start = self.g_us.to(target.device)[1:].index_select(0, found)
+        return (found + (target.flatten() >= next_start)).clamp_(max=len(self.g_us) - 2).int().view_as(target)
 
 
 @dataclass(frozen=True)
