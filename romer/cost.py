@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from romer.adc import Adc
+from romer.compensation import Compensated
 from romer.methods import Fitted, Method
 from romer.noise import slot_name
 from romer.placement import Placement, coverage
@@ -27,7 +28,8 @@ class Cost:
     """cells; products: weights in activated arrays per token; conversions: ADC conversions per token; all as multiples
     of the plain layout. digital: share of the analog weights that the method keeps digital; side: numbers of digital
     corrections, as a share of the analog weights; operations: digital multiply-accumulates per token that digital
-    weights and corrections take, as a share of the plain layout's products."""
+    weights and corrections take, as a share of the plain layout's products; readbacks: how often every array is read
+    back after it was written."""
 
     cells: float
     products: float
@@ -35,6 +37,7 @@ class Cost:
     digital: float
     side: float
     operations: float
+    readbacks: int
 
 
 def loads(model: nn.Module, fitted: Fitted) -> dict[str, torch.Tensor]:
@@ -87,4 +90,5 @@ def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted,
                 operations += weights * load * twice
     cells, products, conversions = (own / plain).tolist()
     stored, computed, _ = plain.tolist()
-    return Cost(cells, products, conversions, digital / stored, side / stored, operations / computed)
+    readbacks = (layout.correction is not None) + isinstance(layout.encoding, Compensated)
+    return Cost(cells, products, conversions, digital / stored, side / stored, operations / computed, readbacks)

@@ -12,6 +12,7 @@ from romer.errors import InputError
 from romer.noise import Conductance, NoiseModel
 from romer.report.frontier import picture, taken_back
 from romer.stages.frontier import later
+from romer.statistics import paired
 
 CLEAN, VANILLA = 10.0, 12.0
 
@@ -37,8 +38,9 @@ def records():
     for r in range(3):
         rows += [row("vanilla", VANILLA + 0.1 * r, r), row("average", 11 + 0.05 * r, r, {"copies": 2})]
         rows += [row("romer_plus", 10.5, r, {"budget": 0.02})]
+        rows += [row("romer", 11.9 + 0.1 * r, r), row("romer_calibration", 11.5 + 0.3 * (r == 1), r)]
         rows += [row("romer_plus", 10.8, r, {"budget": 0.01}, "budget"), row("vanilla", VANILLA, r, task="budget")]
-        for scale in (0.8, 1.2):
+        for scale in (0.9, 1.2):
             rows += [row("vanilla", VANILLA * scale, r, {"scale": scale}, "scaled")]
             rows += [row("romer_plus", 11 * scale, r, {"budget": 0.02, "scale": scale}, "scaled")]
         here = {"celsius": 25}
@@ -50,10 +52,11 @@ def records():
 
 def costs():
     settings = [("vanilla", {}, 1, 0, 2.0), ("average", {"copies": 2}, 2, 0, 3.0)]
+    settings += [("romer", {}, 1, 0, 2.0), ("romer_calibration", {}, 1, 0, 2.0)]
     settings += [("romer_plus", {"budget": b}, 1, b, 2.1) for b in (0.01, 0.02)]
     keys = ("method", "options", "cells", "side", "energy_j")
     rows = [dict(zip(keys, (m, json.dumps(o), *rest), strict=True)) for m, o, *rest in settings]
-    return pd.DataFrame(rows).assign(model="olmoe", digital=0.0, operations=0.0)
+    return pd.DataFrame(rows).assign(model="olmoe", digital=0.0, operations=0.0, readbacks=0)
 
 
 def test_every_setting_is_held_against_vanilla_at_its_own_place():
@@ -61,7 +64,7 @@ def test_every_setting_is_held_against_vanilla_at_its_own_place():
     plus = table[table["method"] == "romer_plus"].set_index(["experiment", "where", "setting"])["recovered"]
     expected = np.mean([math.log((VANILLA + 0.1 * r) / 10.5) / math.log((VANILLA + 0.1 * r) / CLEAN) for r in range(3)])
     assert plus["methods", "", "budget=0.02"] == pytest.approx(expected)
-    for scale in (0.8, 1.2):
+    for scale in (0.9, 1.2):
         share = math.log(VANILLA / 11) / math.log(VANILLA * scale / CLEAN)
         assert plus["scaled", f"{scale:g} x noise", "budget=0.02"] == pytest.approx(share)
     assert plus["chips", "", "budget=0.02"] == pytest.approx(math.log(20 / 15) / math.log(2))
@@ -70,11 +73,22 @@ def test_every_setting_is_held_against_vanilla_at_its_own_place():
     assert copies["cells"] == 2 and copies["energy"] == 1.5 and math.isnan(copies["p_average"])
     against = table[(table["method"] == "romer_plus") & (table["experiment"] == "methods")].iloc[0]
     assert against["p_average"] < 0.01
+    best = np.log([11.5, 11.8, 11.5])  # of calibration alone, which is better than both together
+    assert against["p_paper"] == pytest.approx(paired(np.full(3, math.log(10.5)), best).t_p)
+    assert table[table["method"].isin(("romer", "romer_calibration"))]["p_paper"].isna().sum() == 1
+
+
+def test_a_place_without_loss_has_nothing_to_take_back():
+    rows = records()
+    rows.loc[(rows["method"] == "vanilla") & (rows["task"] == "ppl:chips") & (rows["realisation"] == 1), "value"] = 9.9
+    table = taken_back(rows, costs())
+    assert table[table["experiment"] == "chips"]["recovered"].isna().all()
+    assert table[table["experiment"] == "methods"]["recovered"].notna().all()
 
 
 @pytest.mark.parametrize(
     ("drop", "what"),
-    [(("method", "clean"), "no clean or no vanilla"), (("options", '{"scale": 0.8}'), "no clean or no vanilla")],
+    [(("method", "clean"), "no clean or no vanilla"), (("options", '{"scale": 0.9}'), "no clean or no vanilla")],
 )
 def test_what_there_is_nothing_to_hold_against_is_an_error(drop, what):
     column, value = drop

@@ -67,6 +67,12 @@ def test_sources_are_formatted_and_linted(command):
     assert result.returncode == 0, result.stdout
 
 
+def test_the_paper_profile_can_be_dry_run(tmp_path):
+    result = run("snakemake", "--config", "profile=paper", f"results={tmp_path}", "-n", "--quiet", "--", "all")
+    assert result.returncode == 0, result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_source_names_a_path_of_one_machine():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

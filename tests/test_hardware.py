@@ -37,6 +37,7 @@ DEPLOYMENTS = {
     "plain": Deployment(),
     "two copies": Deployment(cells=2.0, products=2.0),
     "digital experts": Deployment(analog=frozenset(KINDS) - {"attention", "lm_head"}, digital_experts=PARTLY),
+    "paths": Deployment(corrected=True, side=0.02),
     "all digital": Deployment(analog=frozenset(), calibrated=True),
 }
 

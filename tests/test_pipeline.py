@@ -98,6 +98,16 @@ def test_lineage_is_recorded_and_verified(results):
         assert manifest.inputs[stage] == verify(results / folder).digest
 
 
+def test_no_document_is_read_for_both_fitting_and_reporting(results):
+    ids = {
+        use: {json.loads(line)["id"] for line in (results / "text" / f"{use}.jsonl").read_text().splitlines()}
+        for use in ("calibration", "evaluation")
+    }
+    assert all(ids.values()) and not ids["calibration"] & ids["evaluation"]
+    about = json.loads((results / "text" / "about.json").read_text())
+    assert about["overlapping_calibration_documents"] == 0
+
+
 def test_artifacts_of_different_texts_are_not_mixed(smoke_results, tmp_path):
     """A plan that was made from another text is refused, whatever its own bytes say."""
     shutil.copytree(smoke_results, tmp_path / "results", symlinks=True)

@@ -26,7 +26,7 @@ class Deployment:
     and arrays that its product activates, as multiples of the plain layout (`romer.encoding`); digital_experts: per
     MoE layer the slots whose experts stay digital, () for none; calibrated: whether routers compress their logits;
     corrected: whether every output of a tile is scaled and shifted digitally; side: digital multiply-accumulates of
-    paths beside the tiles, per weight of a product.
+    paths beside the tiles, per weight of a product, with numbers that are read from a buffer at every use.
     """
 
     analog: frozenset[str] = frozenset(KINDS)

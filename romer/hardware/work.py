@@ -107,10 +107,7 @@ class Work:
             return 0
         extra = CORRECTION_OPS if self.deployment.corrected else 0
         rows, products = self.sheet.weight_rows, self.deployment.products
-        paths = self.deployment.side  # spread over all weights alike
-        return sum(
-            out * (math.ceil(inp / rows) * products - 1 + extra + paths * inp) for out, inp in self.parts[kind].flat
-        )
+        return sum(out * (math.ceil(inp / rows) * products - 1 + extra) for out, inp in self.parts[kind].flat)
 
     # Times.
 
@@ -123,9 +120,9 @@ class Work:
 
     def plain_ns(self, kind: str, steps: tuple, tokens: np.ndarray) -> np.ndarray:
         """A chain of matrices of `kind` that every token uses."""
-        if self.analog(kind):
-            return self.chain_ns(len(steps), tokens, 0 * tokens, 0 * tokens)
         weights = sum(outputs * inputs for step in steps for outputs, inputs in step)
+        if self.analog(kind):
+            return self.chain_ns(len(steps), tokens, self.deployment.side * weights * tokens, 0 * tokens)
         return self.chain_ns(len(steps), 0 * tokens, tokens * weights, np.full(len(tokens), weights * BYTES))
 
     def all_ns(self, kind: str, tokens: np.ndarray) -> np.ndarray:
@@ -162,9 +159,11 @@ class Work:
         analog_shared = shared is not None and self.analog("shared expert")
         queue = np.maximum(queue, tokens) if analog_shared else queue
         weights = self.parts["routed expert"].weights
-        macs, loaded = digital * weights, distinct * weights * BYTES
-        if shared is not None and not analog_shared:
-            macs, loaded = macs + tokens * shared.weights, loaded + shared.weights * BYTES
+        side = self.deployment.side  # paths beside the tiles, spread over all weights alike
+        macs, loaded = (digital + side * (slots - digital)) * weights, distinct * weights * BYTES
+        if shared is not None:
+            macs = macs + tokens * shared.weights * (side if analog_shared else 1)
+            loaded = loaded + (0 if analog_shared else shared.weights * BYTES)
         total = self.chain_ns(len(self.parts["routed expert"].steps), queue, macs, loaded)
         ops = self.layer_ops * tokens + self.expert_ops(True) * (slots - digital) + self.expert_ops(False) * digital
         gate = self.shape.hidden * tokens / self.macs_per_ns if self.shape.shared_gate else 0
@@ -227,9 +226,10 @@ class Work:
                 passes += arrays * high * outputs * sheet.columns_per_weight * sheet.input_cycles
                 rows += arrays * wide * inputs * sheet.rows_per_weight * sheet.input_cycles
                 network += arrays * (wide * inputs + high * outputs) * BYTES
-            macs += digital * part.weights
+            paths = analog * self.deployment.side * part.weights
+            macs += digital * part.weights + paths
             loads += digital * part.weights * BYTES
-            buffers += (analog + digital) * self._vectors(part)
+            buffers += (analog + digital) * self._vectors(part) + paths * BYTES  # a path's numbers, out of a buffer
         experts = uses["routed expert"]
         ops += self.expert_ops(True) * experts[0] + self.expert_ops(False) * experts[1]
         ops += tokens * (s.layers * self.attention_ops + s.moe_layers * (self.router_ops + self.layer_ops))

@@ -8,7 +8,10 @@ from romer.methods import Method, register
 register(
     Method(
         "channel_affine",
-        layout=lambda model, fitted, o: Layout(correction=Affine(fitted.moments, "channel")),
+        defaults=lambda fitted: {"read_error": 0.0, "refit": True},
+        layout=lambda model, fitted, o: Layout(
+            correction=Affine(fitted.moments, "channel"), refit=o["refit"], read_error=float(o["read_error"])
+        ),
         learns=True,
     )
 )

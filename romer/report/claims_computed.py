@@ -8,7 +8,9 @@ Logits are random (normal, fixed seed): what is shown to fail for them is not tr
 import numpy as np
 import torch
 
+from romer.hardware import SHAPES
 from romer.noise import NoiseModel
+from romer.published import load
 from romer.replacement import ReplacementPlan
 from romer.report.claim import DOES_NOT_HOLD, HOLDS, IN_PART, Finding, Statements, inside, of_all
 from romer.routers import select
@@ -23,6 +25,7 @@ STRENGTHS = [0.05 * i for i in range(1, 11)]
 EXACT = 1e-4  # error of the share of the interquartile range that still counts as exact
 PROGRAMMINGS, BATCH = 400, 20  # of one expert; each batch gives one ratio of variances
 SIGMA_DEV, WIDTH, INNER = 0.05, 48, 24
+NEAR = 0.1  # relative, what still counts as n/E
 EQUAL = (0.45, 0.55)  # what still counts as a factor of one half
 
 computed = Statements("computed")
@@ -135,7 +138,7 @@ def eq9_halves_the_variance() -> Finding:
 
 @computed.states(
     "no-further-computation",
-    "At run time ROMER computes nothing that the plain model does not.",
+    "Replacement needs no computation at run time beyond the plain model's.",
     "section 4.2, against eq. 9",
     f"least extra products with routed experts, n = {N_REPLACE} of {EXPERTS}",
 )
@@ -145,6 +148,21 @@ def no_further_computation() -> Finding:
         f"eq. 9 computes every hot expert twice, and the hottest n get at least n/E = {100 * least:.0f} % of the load"
     )
     return Finding(DOES_NOT_HOLD, reason, 0.0, least)
+
+
+@computed.states(
+    "overhead-is-n-over-e",
+    "The overheads of table 3 are what computing n = 4 hot experts of a uniform load twice would add: n/E.",
+    "section 4.2, table 3",
+    "largest printed rise of latency over 100 n/E",
+)
+def overhead_is_n_over_e() -> Finding:
+    printed = load("table3").set_index("model")["latency_delta_pct"]
+    ratios = {model: rise / (100 * 4 / SHAPES[model].experts) for model, rise in printed.items()}
+    near = [model for model, ratio in ratios.items() if abs(ratio - 1) <= NEAR]
+    words = ", ".join(f"{model} {printed[model]:g} against {400 / SHAPES[model].experts:.1f} %" for model in ratios)
+    reason = f"within {100 * NEAR:.0f} % for {len(near)} of {len(ratios)} models: {words}"
+    return Finding(of_all(len(near), len(ratios)), reason, 1.0, max(ratios.values()))
 
 
 @computed.states(

@@ -88,7 +88,7 @@ def largest_overhead_on_qwen3(costs: pd.DataFrame | None) -> Finding:
 
 @hardware.states(
     "no-extra-products",
-    "At run time ROMER computes nothing that the plain model does not.",
+    "ROMER needs no array products beyond the plain model's.",
     "section 4.2, against eq. 9",
     "mean extra products of ROMER over the models",
 )

@@ -25,19 +25,26 @@ from romer.statistics import paired
 EXPERIMENTS = ("methods", "budget", "read", "scaled", "chips", "drift")
 CONDITIONS = ("scale", "celsius", "seconds")  # of a record's options: where it was measured, not what
 ABOUT = (*CONDITIONS, "fitted_on")
-COST = ("side", "digital", "operations", "energy_j")
+PAPER = ("romer", "romer_replacement", "romer_calibration")  # the paper's own methods
 CAPTION = (
     "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
     " digital numbers beside the arrays, as a share of the analog weights; cells and energy as multiples of vanilla's;"
-    " p: two-sided paired t-test of ln(ppl) against the average of two copies, not corrected."
+    " p: two-sided paired t-tests of ln(ppl), not corrected, against the average of two copies and against the best of"
+    " the paper's methods at that place. Empty where the noise did not raise the perplexity in every realisation."
 )
 COLUMNS = "experiment model chip temperature_c where method setting mean low high realisations recovered recovered_low"
-COLUMNS = f"{COLUMNS} recovered_high cells side digital operations energy p_average tokens".split()
+COLUMNS = f"{COLUMNS} recovered_high cells side digital operations readbacks energy p_average p_paper tokens".split()
 LOOK = {
     "vanilla": ("vanilla", COLOURS[6], "x"),
     "average": ("average of copies", COLOURS[1], "s"),
     "weight_remapping": ("weight remapping", COLOURS[5], "D"),
     "romer": ("ROMER", COLOURS[3], "v"),
+    "romer_replacement": ("ROMER: replacement alone", COLOURS[3], "<"),
+    "romer_calibration": ("ROMER: calibration alone", COLOURS[3], ">"),
+    "bit_slicing": ("bit slicing", COLOURS[6], "H"),
+    "kb_calibration": ("k-b calibration", COLOURS[4], "d"),
+    "digital_router": ("digital router", COLOURS[5], "p"),
+    "digital_experts": ("digital experts", COLOURS[2], "X"),
     "channel_affine": ("channel affine", COLOURS[4], "^"),
     "compensated_programming": ("compensated programming", COLOURS[2], "P"),
     "low_rank": ("low-rank paths", "#56606b", "o"),
@@ -59,8 +66,8 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """One row per experiment, place, method and setting: perplexity, recovered fraction, what it costs.
 
     records: rows of the tasks `ppl:<experiment>`; costs: model, method, options, cells, side, digital, operations,
-    energy_j. Raises InputError for a model without its clean row, a place without vanilla, or a setting that was not
-    priced.
+    readbacks, energy_j. Raises InputError for a model without its clean row, a place without vanilla, or a setting that
+    was not priced.
     """
     priced = {(r.model, r.method, r.options): r for r in costs.itertuples()}
     table = []
@@ -83,23 +90,26 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
                 vanilla = methods[(methods["model"] == model) & (methods["method"] == "vanilla")]
             if clean.empty or vanilla.empty:
                 raise InputError(f"records: {model}, ppl:{experiment} on {chip} {where} has no clean or no vanilla row")
-            copies = here[(here["method"] == "average") & (here["what"] == '{"copies": 2}')]
+            others = {"p_average": here[(here["method"] == "average") & (here["what"] == '{"copies": 2}')]}
+            papers = here[here["method"].isin(PAPER)]
+            best = papers.groupby("method")["value"].mean().idxmin() if len(papers) else None
+            others["p_paper"] = papers[papers["method"] == best]
             for (method, what, origin), group in here.groupby(["method", "what", "origin"], sort=False):
                 if (cost := priced.get((model, method, what))) is None:
                     raise InputError(f"costs: {model}, {method} {what} was not priced")
                 plain = priced[model, "vanilla", "{}"]
                 cell = measured(group, vanilla, clean, f"{model}, {method} {what} on {chip} {where}")
-                both = group.merge(copies, on="realisation", suffixes=("", "_average"))
-                tested = method != "average" and len(both) > 1
-                own, other = np.log(both["value"]), np.log(both["value_average"])
                 line = {"experiment": experiment, "model": model, "chip": chip, "temperature_c": t}
                 line |= {"where": _words(json.loads(where)), "method": method}
                 line["setting"] = _setting(json.loads(what), origin)
                 line |= {key: cell[key] for key in COLUMNS if key in cell}
-                line |= {key: getattr(cost, key) for key in ("cells", "side", "digital", "operations")}
-                line |= {"energy": cost.energy_j / plain.energy_j, "p_average": np.nan}
-                if tested:
-                    line["p_average"] = paired(own, other).t_p
+                line |= {key: getattr(cost, key) for key in ("cells", "side", "digital", "operations", "readbacks")}
+                line["energy"] = cost.energy_j / plain.energy_j
+                for column, other in others.items():
+                    both = group.merge(other, on="realisation", suffixes=("", "_other"))
+                    tested = len(both) > 1 and method not in set(other["method"])
+                    own, against = np.log(both["value"]), np.log(both["value_other"])
+                    line[column] = paired(own, against).t_p if tested else np.nan
                 table.append(line)
     return pd.DataFrame(table, columns=COLUMNS)
 

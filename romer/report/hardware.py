@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from romer.errors import InputError
 from romer.report.style import COLOURS, STYLE, log_ticks, require, save
+from romer.statistics import mean_interval
 
 COLUMNS = tuple(
     "model method options selected realisation shape perplexity cells tokens time_s power_w energy_j".split()
@@ -64,9 +65,9 @@ def _n(options: str) -> float:
 
 def table3(costs: pd.DataFrame, published: pd.DataFrame, shape: str = "own") -> pd.DataFrame:
     """One row per (model, method, options): cells, overheads over vanilla in per cent, latency and energy per token,
-    average power, perplexity; means over realisations. published: `romer.published.load("table3")`, whose numbers
-    stand beside vanilla and romer (`selected`: not at another n than the fitted one), and alone where a model was not
-    measured.
+    average power, perplexity with its interval; means over realisations. published: `romer.published.load("table3")`,
+    whose numbers stand beside vanilla and romer (`selected`: not at another n than the fitted one), and alone where a
+    model was not measured.
 
     Raises InputError for a missing column, a shape without rows, several chip sheets or batches, or a realisation
     without vanilla.
@@ -89,14 +90,16 @@ def table3(costs: pd.DataFrame, published: pd.DataFrame, shape: str = "own") -> 
             line["latency_us_per_token"] = 1e6 * (own["time_s"] / own["tokens"]).mean()
             line["power_w"] = own["power_w"].mean()
             line["energy_uj_per_token"] = 1e6 * (own["energy_j"] / own["tokens"]).mean()
-            line["perplexity"] = own["perplexity"].mean()
+            names = ("perplexity", "perplexity_low", "perplexity_high")
+            line |= dict(zip(names, mean_interval(own["perplexity"]), strict=True))
             table.append(line | _paper(printed.get(model, {}), method if own["selected"].all() else ""))
             seen.add(method)
         for method in PAPER:
             if method not in seen and model in printed:
                 table.append({"model": model, "method": method} | _paper(printed[model], method))
     columns = ["model", "method", "n_replace", "realisations", "cells", *OVERHEADS]
-    columns += ["latency_us_per_token", "power_w", "energy_uj_per_token", "perplexity", *PAPER_COLUMNS]
+    columns += ["latency_us_per_token", "power_w", "energy_uj_per_token", "perplexity"]
+    columns += ["perplexity_low", "perplexity_high", *PAPER_COLUMNS]
     return pd.DataFrame(table, columns=columns)
 
 

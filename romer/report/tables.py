@@ -70,8 +70,8 @@ def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wha
 
     rows: one setting, a row per realisation; vanilla: the rows that the recovered fraction refers to; clean: a row or
     none; what: names the cell in errors. The recovered fraction is formed within each realisation that vanilla has too
-    (`pairs` of them), then averaged. Raises InputError for a realisation that is there twice, or several options, token
-    counts or cells.
+    (`pairs` of them), then averaged, where the noise raised perplexity in all of them. Raises InputError for a
+    realisation that is there twice, or several options, token counts or cells.
     """
     cell = dict(NOTHING) | {"tokens": None, "cells": np.nan}
     if rows.empty:
@@ -90,7 +90,9 @@ def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wha
     cell["log_ratio"], cell["log_ratio_low"], cell["log_ratio_high"] = mean_interval(np.log(rows["value"] / base))
     pairs = rows.merge(vanilla, on="realisation", suffixes=("", "_vanilla"))
     fractions = recovered_fraction(base, pairs["value_vanilla"], pairs["value"])
-    if cell["realisations"] and len(pairs) and np.isfinite(fractions).all():
+    if (
+        cell["realisations"] and len(pairs) and (pairs["value_vanilla"] > base).all()
+    ):  # else there is nothing to recover
         cell["recovered"], cell["recovered_low"], cell["recovered_high"] = mean_interval(fractions)
         cell["pairs"] = len(pairs)
     return cell
@@ -262,8 +264,8 @@ def caption(records: pd.DataFrame, title: str, chip: str, text: str, checkpoint:
     return (
         f"{title} Token perplexity on {text}, {_span(rows['tokens'])} tokens; {checkpoint}. {_span(draws)} realisations"
         f" of the noise; brackets: {100 * CONFIDENCE:g} % percentile bootstrap interval of the mean over realisations"
-        f" ({RESAMPLES} resamples). Recovered: share of ln(ppl vanilla / ppl clean) undone, within each realisation."
-        " Empty: not measured, or not in the paper."
+        f" ({RESAMPLES} resamples). Recovered: share of ln(ppl vanilla / ppl clean) undone, within each realisation,"
+        " empty where the noise did not raise perplexity in every one. Empty: not measured, or not in the paper."
     )
 
 

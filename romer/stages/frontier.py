@@ -26,6 +26,7 @@ from romer.evaluate.sweep import CLEAN
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
+from romer.routing import apply
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
 from romer.stages.hardware import settings
@@ -127,19 +128,23 @@ def choose(job: Job, model, fitted: Fitted, noise: NoiseModel, measure) -> tuple
 
 
 def prices(job: Job, model, fitted: Fitted, probes: list[Probe], ids) -> pd.DataFrame:
-    """Cells, digital numbers and energy of every setting that was measured, on the clean model's routing."""
+    """Cells, digital numbers and energy of every setting that was measured, on the routing of the clean model, with the
+    copies and calibrated logits that the setting has."""
     sheet, workload, window = ChipSheet.load(job.config["hardware"]), settings(job), job.cfg.profile.window
-    with record(model, window) as recorder:
-        perplexity(model, ids, window, job.cfg.profile.batch)
-    rows = {}
+    rows, traces = {}, {}
     for p in probes:
         method = get(p.method)
         options = method.options(fitted, p.given)
         key = p.method, json.dumps(options, sort_keys=True)
         if key in rows or not method.noisy:
             continue
+        rerouted = method.routing(fitted, options)
+        if rerouted not in traces:
+            with apply(model, *rerouted), record(model, window) as recorder:
+                perplexity(model, ids, window, job.cfg.profile.batch)
+            traces[rerouted] = recorder.trace
         where = deployed(method, model, job.placement, fitted, options, workload["lm_head"])
-        found = estimate(shape_of(model.config), recorder.trace, sheet, where, workload["batch"])
+        found = estimate(shape_of(model.config), traces[rerouted], sheet, where, workload["batch"])
         energy = {"hardware": sheet.name, "energy_j": found.energy_j, "time_s": found.time_s}
         rows[key] = asdict(cost(method, model, job.placement, fitted, options)) | energy
     return pd.DataFrame([{"method": m, "options": o} | row for (m, o), row in rows.items()])

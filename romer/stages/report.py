@@ -175,7 +175,8 @@ def write_tables(
     if len(compared := comparisons.comparisons(records)):
         tables.write(compared, folder, "comparisons", comparisons.caption(compared, text))
     if len(perturbed := routing_tables.perturbation(records)):
-        words = f"Figure 3, left: perplexity on {text}, a share of every token's experts drawn at random."
+        words = f"Figure 3, left (the paper's is of OLMoE and Qwen3): perplexity on {text}, a share of every token's"
+        words += " experts drawn at random."
         tables.write(perturbed, folder, "fig3", words)
         words = f"ln(ppl / ppl clean) on {text}, by where the noise acts."
         tables.write(routing_tables.causes(records), folder, "fig3_causes", words)
@@ -193,16 +194,19 @@ def write_tables(
         " weights off the arrays, side: numbers of corrections, operations: digital ones, as shares of the plain ones."
     )
     tables.write(method_costs(job), folder, "costs", words)
-    words = "Fitted noise per operating point; n and λ chosen on calibration text."
+    words = "Fitted noise per operating point; sigma_low, sigma_high: the smallest and the largest that a single"
+    words += " realisation would give; n and λ chosen on calibration text."
     tables.write(fitted.fits, folder, "calibration", words)
     if len(fitted.identified):
         words = "The σ_dev that meets the same KL target with an ADC of each resolution: KL cannot tell them apart."
         tables.write(fitted.identified, folder, "identifiability", words)
     words = f"The models: perplexity on {text}, PIQA accuracy, load over the mean."
     tables.write(models, folder, "models", words)
-    mean = fitted.routing.groupby(["chip", "model", "temperature_c"], as_index=False).mean()
-    mean = mean.drop(columns=["layer", "realisation"])
-    tables.write(mean, folder, "routing", "Routers under noise, mean over layers.")
+    for name, keys, over in (("routing", [], "mean over layers"), ("routing_layers", ["layer"], "per MoE layer")):
+        by = fitted.routing.groupby(["chip", "model", "temperature_c", *keys], as_index=False)
+        mean = by.mean().drop(columns=[c for c in ("layer", "realisation") if c not in keys])
+        mean.insert(3 + len(keys), "realisations", by["realisation"].nunique()["realisation"])
+        tables.write(mean, folder, name, f"Routers under noise, {over} and realisations.")
 
 
 def write_figures(job: Job, folder: Path, records: pd.DataFrame, fitted: Calibrations, costs: pd.DataFrame) -> None:
@@ -232,9 +236,10 @@ def write_benchmarks(job: Job, tables_folder: Path, figures_folder: Path) -> Non
         table = benchmarks.table2(marks, published.load("table2"))
         benchmarks.write_table2(table, tables_folder, benchmarks.caption2(marks, f"models: {size.what}"))
     at = size.generate
-    for _, folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
+    for (chip, model, celsius), folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
         rows = json.loads((folder / "continuations.json").read_text())
-        benchmarks.figure1(rows, figures_folder, "Figure 1. Greedy continuations, clean, noisy and with ROMER.")
+        words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, at chip {chip}, {celsius} °C."
+        benchmarks.figure1(rows, figures_folder, f"{words} Models: {size.what}.")
 
 
 def write_frontier(job: Job, tables_folder: Path, figures_folder: Path) -> None:
