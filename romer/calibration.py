@@ -19,6 +19,7 @@ from romer.errors import InputError
 TOLERANCE = 0.018  # relative, of the mean KL to its target, at which the search stops
 ACCEPTED = 0.02  # likewise, of the best σ when the evaluations are used up: KL(σ) jumps where tokens change experts
 MAX_EVALUATIONS = 12
+CLOSE, APART = 0.2, 0.002  # of ln KL to its target, for a line through what is known; of ln σ, between two tries
 NEAR = 0.1  # of ln σ: closer together, two KL say more about a jump between them than about a slope
 
 
@@ -56,7 +57,8 @@ def fit_sigma(
 
     divergence(σ) returns the KL of every realisation, in nats; the mean meets `target` within `tolerance` (relative),
     or within ACCEPTED where twelve evaluations do not find better. Brackets by the σ² law, then along the secant of the
-    last two σ, then regula falsi (Illinois) on the logarithms. Raises InputError for a target that is not positive and
+    last two σ, then regula falsi (Illinois) on the logarithms, or a line through all close points once there are three.
+    Raises InputError for a target that is not positive and
     finite or cannot be met within `bounds` and twelve evaluations.
     """
     if not (math.isfinite(target) and target > 0):
@@ -83,7 +85,8 @@ def fit_sigma(
                 f"KL target {target:.4g} cannot be met: at sigma_dev = {math.exp(x):.4g} the model's KL is {best:.4g}"
             )
         slope = _slope(curve, math.exp(x)) if len(curve) > 1 else 2.0  # KL ~ σ² until the curve says otherwise
-        step = -y / slope + math.copysign(reach, -y)  # reach doubles, for a start on a plateau
+        step = -y / slope
+        step += math.copysign(min(reach, NEAR + abs(step) / 10), -y)  # reach doubles, for a start on a plateau
         x, reach = min(max(x + step, low_bound), high_bound), 2 * reach
         y = gap(x)
         below, above = ((x, y), above) if y < 0 else (below, (x, y))
@@ -95,7 +98,7 @@ def fit_sigma(
                 break
             raise InputError(f"KL target {target:.4g} not met within {MAX_EVALUATIONS} evaluations (noise too coarse?)")
         (x0, y0), (x1, y1) = below, above
-        x = (x0 * y1 - x1 * y0) / (y1 - y0)
+        x = _through(curve, target) or (x0 * y1 - x1 * y0) / (y1 - y0)
         y = gap(x)
         if y < 0:
             below, above = (x, y), (x1, y1 / 2 if side == -1 else y1)
@@ -110,6 +113,24 @@ def fit_sigma(
     alone = tuple(sigma * (target / kl) ** (1 / slope) for kl in curve[sigma])
     mean = sum(curve[sigma]) / len(curve[sigma])
     return SigmaFit(sigma, mean, target, slope, alone, tuple(sorted(curve.items())))
+
+
+def _through(curve: dict[float, tuple[float, ...]], target: float) -> float | None:
+    """ln σ where a line through ln KL of the σ that came close meets the target: where KL jumps, many points know
+    better than the two on either side. None while there are fewer than three, or no line."""
+    points = [(math.log(s), math.log(sum(kl) / len(kl) / target)) for s, kl in curve.items()]
+    near = [(x, y) for x, y in points if abs(y) < CLOSE]
+    if len(near) < 3:
+        return None
+    at, off = (sum(v) / len(near) for v in zip(*near, strict=True))
+    across = sum((x - at) ** 2 for x, _ in near)
+    slope = sum((x - at) * (y - off) for x, y in near) / across
+    if slope < 0.1:
+        return None
+    x = at - off / slope
+    while any(abs(x - tried) < APART for tried, _ in points):
+        x += math.copysign(APART, -off)  # another draw of the jumps
+    return x if min(near)[0] - NEAR <= x <= max(near)[0] + NEAR else None
 
 
 def _apart(curve: dict[float, tuple[float, ...]], sigma: float) -> list[float]:

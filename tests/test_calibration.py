@@ -1,7 +1,8 @@
-"""Finding σ_dev for a KL target: met within one percent and twelve evaluations, or refused."""
+"""Finding σ_dev for a KL target: met within its tolerance and twelve evaluations, or refused."""
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -140,3 +141,21 @@ def test_a_model_is_fitted_and_keeps_its_weights(olmoe, ids, bits):
     fit = fit_sigma(divergence, 0.1)
     assert sum(divergence(fit.sigma_dev)) / 2 == pytest.approx(0.1, rel=TOLERANCE)
     assert bits(olmoe) == before
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.03])
+def test_a_curve_that_jumps_is_met_all_the_same(jitter):
+    """KL of few tokens jumps by per cents from one σ to the next: 200 such curves, and hardly one is missed."""
+    missed = 0
+    for curve in range(200):
+
+        def divergence(s, curve=curve):
+            jump = random.Random(f"{curve} {s:.6e}").gauss(0, jitter)
+            return [0.05 * (s / 1e-3) ** 0.3 * math.exp(jump)]
+
+        try:
+            fit = fit_sigma(divergence, 0.0137)
+            assert abs(fit.kl / 0.0137 - 1) < 0.02 and fit.evaluations <= 12
+        except InputError:
+            missed += 1
+    assert missed <= 2
