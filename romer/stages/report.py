@@ -238,7 +238,7 @@ def write_benchmarks(job: Job, tables_folder: Path, figures_folder: Path) -> Non
     at = size.generate
     for (chip, model, celsius), folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
         rows = json.loads((folder / "continuations.json").read_text())
-        words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, at chip {chip}, {celsius:g} °C."
+        words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, {chip} at {celsius:g} °C."
         benchmarks.figure1(rows, figures_folder, f"{words} Models: {size.what}.")
 
 
