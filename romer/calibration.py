@@ -58,8 +58,8 @@ def fit_sigma(
     divergence(σ) returns the KL of every realisation, in nats; the mean meets `target` within `tolerance` (relative),
     or within ACCEPTED where twelve evaluations do not find better. Brackets by the σ² law, then along the secant of the
     last two σ, then regula falsi (Illinois) on the logarithms, or a line through all close points once there are three.
-    Raises InputError for a target that is not positive and
-    finite or cannot be met within `bounds` and twelve evaluations.
+    Raises InputError for a target that is not positive and finite or cannot be met within `bounds` and twelve
+    evaluations.
     """
     if not (math.isfinite(target) and target > 0):
         raise InputError(f"KL target: found {target}, expected a finite number > 0 (nats per token)")
@@ -122,9 +122,7 @@ def _through(curve: dict[float, tuple[float, ...]], target: float) -> float | No
     near = [(x, y) for x, y in points if abs(y) < CLOSE]
     if len(near) < 3:
         return None
-    at, off = (sum(v) / len(near) for v in zip(*near, strict=True))
-    across = sum((x - at) ** 2 for x, _ in near)
-    slope = sum((x - at) * (y - off) for x, y in near) / across
+    at, off, slope = _line(near)
     if slope < 0.1:
         return None
     x = at - off / slope
@@ -150,9 +148,13 @@ def _slope(curve: dict[float, tuple[float, ...]], sigma: float) -> float:
             return 2.0
         near = {s: at[s] for s in (sigma, min(others, key=lambda s: abs(at[s])))}
     log_kl = {s: math.log(sum(curve[s]) / len(curve[s])) for s in near}
-    d, y = (sum(v.values()) / len(v) for v in (near, log_kl))
-    slope = sum((near[s] - d) * (log_kl[s] - y) for s in near) / sum((near[s] - d) ** 2 for s in near)
-    return max(0.1, slope)
+    return max(0.1, _line([(near[s], log_kl[s]) for s in near])[2])
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """(mean x, mean y, slope) of the least-squares line through points (x, y)."""
+    at, off = (sum(v) / len(points) for v in zip(*points, strict=True))
+    return at, off, sum((x - at) * (y - off) for x, y in points) / sum((x - at) ** 2 for x, _ in points)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

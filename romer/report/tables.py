@@ -90,9 +90,8 @@ def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wha
     cell["log_ratio"], cell["log_ratio_low"], cell["log_ratio_high"] = mean_interval(np.log(rows["value"] / base))
     pairs = rows.merge(vanilla, on="realisation", suffixes=("", "_vanilla"))
     fractions = recovered_fraction(base, pairs["value_vanilla"], pairs["value"])
-    if (
-        cell["realisations"] and len(pairs) and (pairs["value_vanilla"] > base).all()
-    ):  # else there is nothing to recover
+    lost = (pairs["value_vanilla"] > base).all()  # else there is nothing to recover
+    if cell["realisations"] and len(pairs) and lost:
         cell["recovered"], cell["recovered_low"], cell["recovered_high"] = mean_interval(fractions)
         cell["pairs"] = len(pairs)
     return cell
