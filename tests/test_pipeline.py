@@ -48,9 +48,12 @@ def test_contract_of_the_output(results):
     # Clean once, two realisations of everything else; of the joint map one.
     assert len(records[records.task == "ppl:heldout"]) == 4 * (1 + 2 * 10)
     assert len(records[records.task == "ppl:ablation"]) == 1 + 2 * (1 + 5 + 5) + 5 * 5
-    probes = {"routing": 4, "scaled": 12, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
+    assert set(records.task) >= {f"ppl:{name}" for name in ("choice", "methods", "budget", "read", "chips")}
+    probes = {"routing": 4, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
     assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
+    scaled = records[(records.task == "ppl:scaled") & records.method.isin(("vanilla", "romer"))]
+    assert len(scaled) == 12
     named = "table1 table3 table4 table4_map comparisons costs fig3 fig3_causes models calibration routing".split()
     for name in named:
         assert all((results / "tables" / f"{name}.{kind}").stat().st_size for kind in ("csv", "md", "tex"))

@@ -28,6 +28,8 @@ from romer.stages.job import Job, application
 from romer.store import verify, write_atomic
 from romer.tracking import Run
 
+MEASUREMENT = ["model", "chip", "temperature_c", "method", "options", "task", "metric", "realisation", "tokens"]
+
 
 def artifacts(
     job: Job, stage: str, chips: list[str], models: list[str] | None = None, temperatures: list | None = None
@@ -224,32 +226,40 @@ def write_figures(job: Job, folder: Path, records: pd.DataFrame, fitted: Calibra
         hardware.front(costs, folder, "front", "own")
 
 
-def write_benchmarks(job: Job, tables_folder: Path, figures_folder: Path) -> None:
-    """Table 2 and figure 1, where the profile has them in its pipeline."""
-    size = job.cfg.profile
-    marks = [
-        pd.read_parquet(f / "records.parquet")
-        for _, f in artifacts(job, "benchmark", [size.benchmark.chip], size.benchmark.models)
-    ]
-    if marks:
-        marks = pd.concat(marks, ignore_index=True)
-        table = benchmarks.table2(marks, published.load("table2"))
-        benchmarks.write_table2(table, tables_folder, benchmarks.caption2(marks, f"models: {size.what}"))
-    at = size.generate
-    for (chip, model, celsius), folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
-        rows = json.loads((folder / "continuations.json").read_text())
-        words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, {chip} at {celsius:g} °C."
-        benchmarks.figure1(rows, figures_folder, f"{words} Models: {size.what}.")
+def marks(job: Job) -> pd.DataFrame:
+    """The records of lm-eval's tasks; empty where the profile has none in its pipeline."""
+    size = job.cfg.profile.benchmark
+    found = [pd.read_parquet(f / "records.parquet") for _, f in artifacts(job, "benchmark", [size.chip], size.models)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def write_frontier(job: Job, tables_folder: Path, figures_folder: Path) -> None:
-    """What methods take back for what, where the profile has it in its pipeline."""
-    at, records, costs = job.cfg.profile.frontier, [], []
+def taken_back(job: Job) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(records, costs) of what methods take back; empty where the profile has it not in its pipeline."""
+    at, records, costs = job.cfg.profile.frontier, [pd.DataFrame()], [pd.DataFrame()]
     for (_, model, _), folder in artifacts(job, "frontier", [at.chip], at.models, [at.temperature]):
         records.append(pd.read_parquet(folder / "records.parquet"))
         costs.append(pd.read_csv(folder / "cost.csv").assign(model=model))
-    if records:
-        table = frontier.taken_back(pd.concat(records, ignore_index=True), pd.concat(costs, ignore_index=True))
+    return pd.concat(records, ignore_index=True), pd.concat(costs, ignore_index=True)
+
+
+def write_benchmarks(job: Job, records: pd.DataFrame, tables_folder: Path, figures_folder: Path) -> None:
+    """Table 2 and figure 1, where the profile has them in its pipeline."""
+    at, what = job.cfg.profile.generate, job.cfg.profile.what
+    if len(records):
+        table = benchmarks.table2(records, published.load("table2"))
+        benchmarks.write_table2(table, tables_folder, benchmarks.caption2(records, f"models: {what}"))
+    for (chip, model, celsius), folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
+        rows = json.loads((folder / "continuations.json").read_text())
+        words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, {chip} at {celsius:g} °C."
+        benchmarks.figure1(rows, figures_folder, f"{words} Models: {what}.")
+
+
+def write_frontier(
+    job: Job, records: pd.DataFrame, costs: pd.DataFrame, tables_folder: Path, figures_folder: Path
+) -> None:
+    """What methods take back for what, where the profile has it in its pipeline."""
+    if len(records):
+        table = frontier.taken_back(records, costs)
         words = f"{frontier.CAPTION} Text: {text_name(job)}; models: {job.cfg.profile.what}."
         tables.write(table, tables_folder, "frontier", words)
         frontier.picture(table, figures_folder, "frontier")
@@ -268,18 +278,20 @@ def main(job: Job, run: Run) -> None:
     measured = [*artifacts(job, "evaluate", size.evaluated_chips), *artifacts(job, "ablate", size.ablated_chips)]
     measured += artifacts(job, "probe", [size.probe.chip], size.probe.models, [size.probe.temperature])
     records = pd.concat([pd.read_parquet(folder / "records.parquet") for _, folder in measured], ignore_index=True)
-    fitted, costs = calibrations(job), hardware_costs(job)
+    fitted, costs, scores, (beside, prices) = calibrations(job), hardware_costs(job), marks(job), taken_back(job)
     ledger = claims.ledger(records, fitted.routing, overheads(costs))
     with job.write(job.root / "tables") as tables_folder, job.write(job.root / "figures") as figures_folder:
         write_tables(job, tables_folder, models, records, fitted, costs)
         write_figures(job, figures_folder, records, fitted, costs)
-        write_benchmarks(job, tables_folder, figures_folder)
-        write_frontier(job, tables_folder, figures_folder)
+        write_benchmarks(job, scores, tables_folder, figures_folder)
+        write_frontier(job, beside, prices, tables_folder, figures_folder)
     with job.write(job.root / "claims") as folder:
         claims.write(ledger, folder, f"Models: {size.what}. Text: {text_name(job)}.")
+    every = pd.concat([records, scores, beside], ignore_index=True)
+    every = every.drop_duplicates(MEASUREMENT)  # probe and frontier measure some points alike
     buffer = io.BytesIO()
-    records.to_parquet(buffer, index=False)
+    every.to_parquet(buffer, index=False)
     write_atomic(job.root / "records.parquet", buffer.getvalue())
     perplexities = {f"perplexity/{row.model}": row.perplexity for row in models.itertuples()}
-    run.summary({"records": len(records), **perplexities, **claims.counts(ledger)})
+    run.summary({"records": len(every), **perplexities, **claims.counts(ledger)})
     job.say(claims.summary(ledger))

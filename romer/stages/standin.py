@@ -14,9 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
-from romer import load_model, perplexity, profile, text
+from romer import load_model, perplexity, profile
 from romer.errors import InputError
-from romer.evaluate.choices import piqa_accuracy
+from romer.evaluate import benchmarks
+from romer.evaluate.harness import Scorer, evaluate, prepare
 from romer.models import smollm2
 from romer.models.carving import Structure
 from romer.models.distillation import Schedule
@@ -76,8 +77,10 @@ def main(job: Job, run: Run) -> None:
             "tokens": size.tokens,
         }
         if size.piqa_items:
-            quality["piqa_accuracy"] = piqa_accuracy(model, tokenizer, text.piqa_validation()[: size.piqa_items])
-            quality["piqa_items"] = size.piqa_items
+            scorer = Scorer(model, tokenizer)
+            piqa = prepare(scorer, benchmarks.load("piqa"), size.piqa_items)
+            score = next(score for score in evaluate(scorer, [piqa]) if score.metric == "acc")
+            quality |= {"piqa_accuracy": score.value, "piqa_stderr": score.stderr, "piqa_items": score.items}
         if section.kind == "carved":
             quality["distillation_kl"] = float(metadata(tensors)["final_kl"])
         if section.kind != "dense":

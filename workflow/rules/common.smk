@@ -32,6 +32,7 @@ def shown(section):
         not in (
             "what",
             "heatmap",
+            "frontier",
             "tokens_per_second",
             "seconds_per_job",
             "seconds_to_program",

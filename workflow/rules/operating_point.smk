@@ -194,6 +194,7 @@ rule frontier:
         common=COMMON,
         library=LIBRARY,
         conf=CONF,
+        beside=BESIDE,
         sheet=digest(f"conf/hardware/{SHEET}.yaml"),
     shell:
         f"{ROMER} frontier {AT} {{params.common}} tracking=$ROMER_TRACKING > {{log}} 2>&1"
