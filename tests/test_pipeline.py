@@ -51,9 +51,10 @@ def test_contract_of_the_output(results):
     assert set(records.task) >= {f"ppl:{name}" for name in ("choice", "methods", "budget", "read", "chips")}
     probes = {"routing": 4, "transfer": 4, "unnoised": 4, "parts": 2 * 3, "perturbed": 3 + 4 + 4}
     assert {task: len(records[records.task == f"ppl:{task}"]) for task in probes} == probes
-    assert not records.duplicated(["model", "chip", "temperature_c", "method", "options", "task", "realisation"]).any()
-    scaled = records[(records.task == "ppl:scaled") & records.method.isin(("vanilla", "romer"))]
-    assert len(scaled) == 12
+    key = ["model", "chip", "temperature_c", "method", "options", "task", "realisation", "tokens"]
+    assert not records.duplicated(key).any()
+    scaled = records[records.task == "ppl:scaled"]
+    assert scaled.groupby("tokens").size().tolist() == [3, 12]  # of the frontier, of the probe
     named = "table1 table3 table4 table4_map comparisons costs fig3 fig3_causes models calibration routing".split()
     for name in named:
         assert all((results / "tables" / f"{name}.{kind}").stat().st_size for kind in ("csv", "md", "tex"))
