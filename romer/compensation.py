@@ -12,7 +12,7 @@ time as the plain layout does; what it needs is one read-back of every block, an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,16 +27,17 @@ DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
 
 
 class _Columns(Draws):
-    """The draws of some columns (inputs) of a whole array, by their places in `order`: a cell's error is the one it has
-    in any other layout."""
+    """The draws of some columns (inputs) of whole arrays, one below the other, by their places in `order`: a cell's
+    error is the one it has in any other layout."""
 
-    def __init__(self, draws: Draws, shape: torch.Size, order: torch.Tensor):
-        super().__init__(draws.seed, draws.realisation, draws.tensor, draws.replica)
-        for name, value in (("shape", shape), ("order", order), ("places", slice(None)), ("kept", {})):
+    def __init__(self, arrays: Sequence[Draws], outputs: int, order: torch.Tensor):
+        super().__init__(arrays[0].seed, arrays[0].realisation, arrays[0].tensor, arrays[0].replica)
+        own = dict(arrays=arrays, one=(outputs, order.shape[1]), order=order, places=slice(None), kept={})
+        for name, value in own.items():
             object.__setattr__(self, name, value)
 
     def at(self, places: slice) -> "_Columns":
-        """The same array, at the columns in these places."""
+        """The same arrays, at the columns in these places."""
         object.__setattr__(self, "places", places)
         return self
 
@@ -45,14 +46,34 @@ class _Columns(Draws):
         if not isinstance(like, torch.Tensor):
             raise InputError(f"compensated programming: errors of kind {kind!r} are not those of single cells")
         if kind not in self.kept:
-            self.kept[kind] = super().shared(kind, tuple(self.shape)).to(like.device)[:, self.order]
+            drawn = torch.stack([draws.shared(kind, self.one) for draws in self.arrays]).to(like.device)
+            self.kept[kind] = _taken(drawn.flatten(0, 1), self.order)
         return self.kept[kind][:, self.places]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An array that was written last: the errors that its read-backs saw, its values, what its cells were to hold in
+    the end and what is known that they hold, [out, in]. A further reading of it needs no further writing."""
+
+    noise: NoiseModel
+    values: torch.Tensor
+    targets: torch.Tensor
+    known: torch.Tensor
+
+
+def _taken(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The columns of values [S · rows, in] in the order [S, in] of each."""
+    if len(order) == 1:
+        return values[:, order[0]]
+    return values.view(len(order), -1, order.shape[1]).take_along_dim(order[:, None], 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Compensated:
     """block: inputs written at a time; read_error: standard deviation of one read-back of a cell, relative to the
-    largest |w| of the array; moments: of the inputs of each array.
+    largest |w| of the array; least_blocks: of an array, whose blocks are smaller where it has few inputs, because what
+    goes wrong in the last block stays; moments: of the inputs of each array.
 
     Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
     back is what was just written: drift comes later; a reading counts as far as it can be trusted (`romer.readback`).
@@ -63,57 +84,114 @@ class Compensated:
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
     block: int = 32
     read_error: float = 0.0
-    latest: list = field(default_factory=list, compare=False, repr=False)  # values, draws and `known` of the last write
+    least_blocks: int = 1
+    latest: dict = field(default_factory=dict, compare=False, repr=False)  # `_Written` by the draws of each array
 
     cells, products = 1.0, 1.0
 
     def __post_init__(self):
         if type(self.block) is not int or self.block < 1:
             raise InputError(f"compensated programming: block: found {self.block!r}, expected an integer of at least 1")
+        if type(self.least_blocks) is not int or self.least_blocks < 1:
+            found = f"least_blocks: found {self.least_blocks!r}"
+            raise InputError(f"compensated programming: {found}, expected an integer of at least 1")
         if not (math.isfinite(self.read_error) and self.read_error >= 0):
             found = f"read_error: found {self.read_error}"
             raise InputError(f"compensated programming: {found}, expected a finite number ≥ 0")
 
     def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
         """The values [out, in] as they act, float32."""
-        if (moments := of(self.moments, draws.tensor)) is None:
-            raise InputError(f"compensated programming: no calibration inputs of {draws.tensor}")
+        return self._store(noise, values.float(), (draws,))
+
+    def store_slots(self, noise: NoiseModel, values: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
+        """The values [E, out, in] of the slots of a fused tensor as they act, float32: as `store` one by one, up to
+        rounding, which for small experts is many times as fast."""
         values = values.float()
+        if values.flatten(1).any(1).all():
+            return self._store(noise, values.flatten(0, 1), draws).view_as(values)
+        return torch.stack([self._store(noise, w, (d,)) for w, d in zip(values, draws, strict=True)])
+
+    def _store(self, noise: NoiseModel, values: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
+        """Arrays of one shape, one below the other, as they act: float32 [arrays · out, in]."""
         if not values.any():
             return values.clone()
-        pairs = [e for e in noise.errors if isinstance(e, Conductance)]
-        top = values.abs().max()
+        pairs, arrays = [e for e in noise.errors if isinstance(e, Conductance)], len(draws)
+        largest = values.view(arrays, -1).abs().amax(1).repeat_interleave(len(values) // arrays)[:, None]
+        top = largest
         if any(e.scaling == "column" for e in pairs):
             top = values.abs().amax(1, keepdim=True)
-        order, upper = factor(moments)
-        targets, (acts, known) = values[:, order], torch.empty(2, *values.shape).to(values)  # all in that order
-        cells, seen, alike = _Columns(draws, values.shape, order), as_read(noise, written=True), unit(noise, values)
-        inputs, together = values.shape[1], LAZY * self.block
+        written = as_read(noise, written=True)
+        found = [self.latest.get(d) for d in draws]
+        parts = zip(found, values.chunk(arrays), strict=True)
+        if not all(one and one.noise == written and one.values.equal(w) for one, w in parts):
+            self._write(written, values, draws, largest, top, bool(pairs))
+            found = [self.latest[d] for d in draws]
+        unsorted = torch.arange(values.shape[1])[None]
+        cells = _Columns(draws, len(values) // arrays, unsorted).at(slice(None))
+        acts = noise.store(torch.cat([one.targets for one in found]), cells, full_range=top)
+        if any(e.compensate for e in pairs):  # the mean decay, as `Conductance` takes it out of a whole array
+            for array, wanted in zip(acts.chunk(arrays), values.chunk(arrays), strict=True):
+                if (total := array.abs().sum()) > 0:
+                    array *= wanted.abs().sum() / total
+        return acts
+
+    def _write(
+        self,
+        seen: NoiseModel,
+        values: torch.Tensor,
+        draws: Sequence[Draws],
+        largest: torch.Tensor,
+        top: torch.Tensor,
+        bounded: bool,
+    ) -> None:
+        """Writes arrays block by block and notes in `latest` what their cells were to hold. seen: the errors that a
+        read-back of a block sees; largest, top: |value| of the array and what can be stored, [arrays · out, 1]."""
+        order, upper = self._factors(draws)  # [S, in] and [S, in, in], S = 1 where all see the same inputs
+        targets, known = _taken(values, order), torch.empty_like(values)  # all in that order
+        arrays, alike, inputs = len(draws), unit(seen, values), values.shape[1]
+        cells = _Columns(draws, len(values) // arrays, order)
+
+        def apart(errors: torch.Tensor) -> torch.Tensor:  # by their factors
+            return errors.view(len(order), -1, errors.shape[1])
+
+        size = min(self.block, -(-inputs // self.least_blocks))
+        together = LAZY * size
         for first in range(0, inputs, together):
             group, after, kept = slice(first, first + together), slice(first + together, None), []
-            for start in range(first, min(first + together, inputs), self.block):
-                block = slice(start, start + self.block)
-                known[:, block] = wanted = targets[:, block].clamp(-top, top) if pairs else targets[:, block]
-                read = acts[:, block] = noise.store(wanted, cells.at(block), full_range=top)
-                if start + self.block >= inputs:
+            for start in range(first, min(first + together, inputs), size):
+                block = slice(start, start + size)
+                missed = targets[:, block]
+                if bounded:
+                    missed = missed.clone()
+                    targets[:, block] = missed.clamp(-top, top)
+                wanted = targets[:, block]
+                if start + size >= inputs:
+                    known[:, block] = wanted
                     break
-                if seen is not noise:
-                    read = seen.store(wanted, cells.at(block), full_range=top)
+                read = seen.store(wanted, cells.at(block), full_range=top)
                 if self.read_error:
-                    read = read + self.read_error * top.max() * cells.shared("read back", read)
-                sigma = read_sigma(seen, wanted, self.read_error, top)
-                known[:, block] = estimate(read, wanted, sigma, alike)
-                error = known[:, block] - targets[:, block]
-                kept.append(torch.linalg.solve_triangular(upper[block, block], error, upper=True, left=False))
-                soon = slice(start + self.block, first + together)
-                targets[:, soon] += kept[-1] @ upper[block, soon]
+                    read = read + self.read_error * largest * cells.shared("read back", read)
+                sigma = read_sigma(seen, wanted, self.read_error, top, largest)
+                known[:, block] = estimate(read, wanted, sigma, alike, arrays)
+                error, own = apart(known[:, block] - missed), upper[:, block]
+                kept.append(torch.linalg.solve_triangular(own[:, :, block], error, upper=True, left=False))
+                soon = slice(start + size, first + together)
+                targets[:, soon] += (kept[-1] @ own[:, :, soon]).flatten(0, 1)
             if first + together < inputs:
-                targets[:, after] += torch.cat(kept, 1) @ upper[group, after]
-        if any(e.compensate for e in pairs) and (total := acts.abs().sum()) > 0:
-            acts *= values.abs().sum() / total  # the mean decay, as `Conductance` takes it out of a whole array
-        back = order.argsort()
-        self.latest[:] = values, draws, known[:, back]
-        return acts[:, back]
+                targets[:, after] += (torch.cat(kept, 2) @ upper[:, group, after]).flatten(0, 1)
+        back = order.argsort(1)
+        parts = (values.chunk(arrays), *(_taken(x, back).chunk(arrays) for x in (targets, known)))
+        self.latest.clear()
+        self.latest.update({d: _Written(seen, *one) for d, *one in zip(draws, *parts, strict=True)})
+
+    def _factors(self, draws: Sequence[Draws]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`factor` of the inputs of each array, [S, in] and [S, in, in], once where all have the same."""
+        seen = [of(self.moments, d.tensor) for d in draws]
+        if None in seen:
+            raise InputError(f"compensated programming: no calibration inputs of {draws[seen.index(None)].tensor}")
+        different = seen if len({id(m.second) for m in seen}) > 1 else seen[:1]
+        order, upper = zip(*map(factor, different), strict=True)
+        return torch.stack(order), torch.stack(upper)
 
     def known(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
         """What the cells are known to hold before the finished array is read, float32 [out, in]: targets that were
@@ -121,9 +199,10 @@ class Compensated:
         values = values.float()
         if not values.any():
             return values
-        if not self.latest or self.latest[0] is not values or self.latest[1] != draws:
+        found = self.latest.get(draws)
+        if not (found and found.noise == as_read(noise, written=True) and found.values.equal(values)):
             self.store(noise, values, draws)
-        return self.latest[2]
+        return self.latest[draws].known
 
 
 _FACTORS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}

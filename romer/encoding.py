@@ -203,6 +203,9 @@ class Layout:
 def realise(encoding: Encoding, noise: NoiseModel, name: str, weight: torch.Tensor, realisation: int) -> torch.Tensor:
     """The weight as it acts, in its dtype: [out, in], or [E, out, in] for fused experts, whose slots are arrays of
     their own. The plain layout's bits are those of `NoiseModel.realise`."""
+    if weight.dim() == 3 and hasattr(encoding, "store_slots"):
+        draws = [Draws(noise.seed, realisation, slot_name(name, i)) for i in range(len(weight))]
+        return encoding.store_slots(noise, weight, draws).to(weight.dtype)
     if weight.dim() == 3:
         slots = (realise(encoding, noise, slot_name(name, i), w, realisation) for i, w in enumerate(weight))
         return torch.stack(list(slots))

@@ -1,6 +1,6 @@
 """Low-rank digital paths beside the arrays, which take out what their errors do to the inputs that occur.
 
-    ranks = allocate(spectra(model, noise, fitted...), budget)          # where rank is worth most
+    ranks = allocate(spectra(model, noise, fitted...), shapes, budget)  # where rank is worth most
     layout = Layout(correction=LowRank(moments, sensitivity, ranks))    # y ≈ ỹ - A (B x)
 
 An array that acts as W + Δ costs E‖Δ x‖² = tr(Δ R Δᵀ), R = E[x xᵀ]. Of all paths of rank r the one onto the leading
@@ -25,6 +25,7 @@ from romer.placement import Placement, coverage
 ITERATIONS, EXTRA = 3, 4  # of the subspace iteration, and its columns beyond the rank
 PRIOR_TOKENS = 64  # an expert's path weighs as its tokens, no path as this many
 MOST = 48  # rank of one path
+RANKS = ("loss", "uniform")
 
 
 @dataclass(frozen=True)
@@ -154,24 +155,32 @@ def spectra(
 
 
 def allocate(
-    spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], budget: float
+    spectra: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], budget: float, ranks: str = "loss"
 ) -> tuple[tuple[str, int], ...]:
     """(tensor, rank) of the paths that take out most per digital number, while their numbers are at most the share
-    `budget` of all weights of `shapes`, [out, in] or [E, out, in].
+    `budget` of all weights of `shapes`, [out, in] or [E, out, in]; with ranks `uniform` of paths of one rank, what is
+    left over for a further one going to the first tensors.
 
     Each tensor's gains fall with its rank, so taking the best ratio first is the best that rounding allows.
     """
     if not 0 <= budget <= 1:
         raise InputError(f"budget: found {budget!r}, expected 0 ≤ share ≤ 1")
+    if ranks not in RANKS:
+        raise InputError(f"ranks: found {ranks!r}, expected one of {', '.join(RANKS)}")
     prices = {}
     for name, shape in shapes.items():
         slots, outputs, inputs = shape if len(shape) == 3 else (1, *shape)
         prices[name] = slots * inputs + outputs if sums_slots(name) else slots * outputs + inputs
     left = budget * sum(torch.Size(shape).numel() for shape in shapes.values())
-    offers = [(-gain / prices[name], name) for name, gains in spectra.items() for gain in gains.tolist() if gain > 0]
-    ranks = dict.fromkeys(spectra, 0)
+    offers = [
+        (-gain / prices[name] if ranks == "loss" else further, name)
+        for name, gains in spectra.items()
+        for further, gain in enumerate(gains.tolist())
+        if gain > 0
+    ]
+    given = dict.fromkeys(spectra, 0)
     for _, name in sorted(offers):
         if prices[name] <= left:
             left -= prices[name]
-            ranks[name] += 1
-    return tuple((name, rank) for name, rank in ranks.items() if rank)
+            given[name] += 1
+    return tuple((name, rank) for name, rank in given.items() if rank)

@@ -36,23 +36,48 @@ class Programmed:
     def stored(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the array `name`, a tensor or an expert slot, acts as with `weight` [out, in] written to it; what a
         correction is told that it acts as: what a read-back says)."""
-        layout, noise = self.layout, self.noise
-        if layout.is_digital(name):
+        if self.layout.is_digital(name):
             return weight, weight
-        stored = realise(layout.encoding, noise, name, weight, self.realisation)
+        acts, read = self._arrays(name, weight)
+        return acts, self._told([name], weight, read)
+
+    def stored_slots(self, name: str, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `stored`, of every slot of a fused tensor, `weight` [E, out, in]."""
+        slots = [slot_name(name, slot) for slot in range(len(weight))]
+        if any(map(self.layout.is_digital, slots)):
+            return [self.stored(slot, w) for slot, w in zip(slots, weight, strict=True)]
+        acts, read = self._arrays(name, weight)
+        told = self._told(slots, weight.flatten(0, 1), read.flatten(0, 1)).view_as(weight)
+        return list(zip(acts, told, strict=True))
+
+    def _arrays(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a tensor or a slot acts as, and what cells say that are read with noise of their own."""
+        layout, noise = self.layout, self.noise
+        acts = realise(layout.encoding, noise, name, weight, self.realisation)
+        if layout.correction is None or (seen := as_read(noise, not layout.refit, FINISHED)) is noise:
+            return acts, acts
+        return acts, realise(layout.encoding, seen, name, weight, self.realisation)
+
+    def _told(self, names: list[str], weight: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """What a correction is told of arrays, one below the other [arrays · out, in], that were just written and are
+        read as `read`."""
+        layout, noise, arrays = self.layout, self.noise, len(names)
         if layout.correction is None:
-            return stored, stored
-        read, draws, values = stored, Draws(noise.seed, self.realisation, name), weight.float()
-        if (seen := as_read(noise, not layout.refit, FINISHED)) is not noise:
-            read = realise(layout.encoding, seen, name, weight, self.realisation)
-        if not (sigma := read_sigma(seen, values, layout.read_error)).any():
-            return stored, read
+            return read
+        seen, values = as_read(noise, not layout.refit, FINISHED), weight.float()
+        if not (sigma := read_sigma(seen, values, layout.read_error, arrays=arrays)).any():
+            return read
         if not hasattr(layout.encoding, "known"):
             what = type(layout.encoding).__name__
             raise InputError(f"program: reading errors of arrays laid out as {what} are not simulated")
-        if layout.read_error:
-            read = read + layout.read_error * values.abs().max() * draws.shared(FINISHED, values)
-        return stored, estimate(read.float(), layout.encoding.known(noise, values, draws), sigma, unit(noise, values))
+        known, error = [], []
+        for name, w in zip(names, values.chunk(arrays), strict=True):
+            draws = Draws(noise.seed, self.realisation, name)
+            known.append(layout.encoding.known(noise, w, draws))
+            if layout.read_error:
+                error.append(layout.read_error * w.abs().max() * draws.shared(FINISHED, w))
+        read = read + torch.cat(error) if error else read
+        return estimate(read.float(), torch.cat(known), sigma, unit(noise, values), arrays)
 
     def correct(
         self, name: str, weight: torch.Tensor, stored: torch.Tensor, read: torch.Tensor
@@ -76,8 +101,8 @@ class Programmed:
             if offset is not None:
                 self.offsets[name] = offset
             return
-        arrays = [self.stored(slot_name(name, slot), w) for slot, w in enumerate(weight)]
-        if correction is not None:
+        arrays = self.stored_slots(name, weight)
+        if correction is not None and not self.layout.is_digital(name):
             self.shared[name] = correction.shared(name, weight, torch.stack([read for _, read in arrays]))
         for slot, (w, array) in enumerate(zip(weight, arrays, strict=True)):
             self._put(name, slot, w, *array, into)

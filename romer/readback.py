@@ -44,25 +44,39 @@ def as_read(noise: NoiseModel, written: bool = False, reading: str = "back") -> 
 
 
 def read_sigma(
-    noise: NoiseModel, values: torch.Tensor, relative: float = 0.0, full_range: float | torch.Tensor | None = None
+    noise: NoiseModel,
+    values: torch.Tensor,
+    relative: float = 0.0,
+    full_range: float | torch.Tensor | None = None,
+    largest: torch.Tensor | None = None,
+    arrays: int = 1,
 ) -> torch.Tensor:
     """Standard deviation of the error of one reading of each cell: float32 of the shape of `values` [out, in] and in
     their unit, or a single 0 for exact readings.
 
     noise: as the reading sees it (`as_read`), of which the cells' own read noise counts; relative: that of the
-    instrument, as a share of the largest |value|, or of full_range [1 or out, 1] where values are a part of an array.
+    instrument, as a share of the largest |value| of the array; arrays: how many the rows are of; full_range, largest:
+    where values are only a part of them, what can be stored and the largest |value| of the array, each [1 or out, 1].
     """
     noisy = [e for e in noise.errors if _reads(e)]
     if not noisy and not relative:
         return values.new_zeros(())
-    top = values.abs().max() if full_range is None else torch.as_tensor(full_range, dtype=values.dtype).max()
-    variance = torch.full_like(values, float(relative * top) ** 2)
+    rows, whole = len(values) // arrays, full_range is None
+
+    def of_each(numbers: torch.Tensor) -> torch.Tensor:  # [arrays] as [out, 1]
+        return numbers.repeat_interleave(rows)[:, None]
+
+    top = of_each(values.abs().view(arrays, -1).amax(1)) if largest is None else largest
+    variance = (relative * top).square().expand(values.shape).clone()
     for error in noisy:
-        plus, minus, scale = error.pair(values, full_range=full_range)
+        by_column = whole and error.scaling == "column"
+        stored = values.abs().amax(1, keepdim=True) if by_column else top if whole else full_range
+        plus, minus, scale = error.pair(values, full_range=stored)
         own = (error.cells.read_sigma(plus).square() + error.cells.read_sigma(minus).square()) / scale.square()
-        if error.compensate and full_range is None:  # what multiplies the reading multiplies its error
+        if error.compensate and whole:  # what multiplies the reading multiplies its error
             left = plus * error.cells.decay(plus) - minus * error.cells.decay(minus)
-            own *= ((plus - minus).abs().sum() / left.abs().sum().clamp(min=1e-30)) ** 2
+            before, after = ((x.abs().view(arrays, -1).sum(1)) for x in (plus - minus, left))
+            own *= of_each(before / after.clamp(min=1e-30)).square()
         variance += own
     return variance.sqrt()
 
@@ -76,12 +90,16 @@ def unit(noise: NoiseModel, values: torch.Tensor) -> torch.Tensor:
 
 
 def estimate(
-    reading: torch.Tensor, targets: torch.Tensor, sigma: torch.Tensor, unit: torch.Tensor | None = None
+    reading: torch.Tensor,
+    targets: torch.Tensor,
+    sigma: torch.Tensor,
+    unit: torch.Tensor | None = None,
+    arrays: int = 1,
 ) -> torch.Tensor:
     """The posterior mean of what the cells hold: float32 of the shape of `reading` and `targets` [out, in].
 
     sigma: of the reading, of that shape, or a single number; unit: cells with like targets in multiples of it are alike
-    (see `unit`), 1 where None.
+    (see `unit`), 1 where None; arrays: how many the rows are of, each with groups of its own.
     """
     if not sigma.any():
         return reading
@@ -89,8 +107,11 @@ def estimate(
     sign = sign if unit is None else sign * unit
     error, size = ((reading - targets) / sign).flatten(), (targets / sign).flatten()
     noise = (sigma / sign).square().expand(targets.shape).flatten().double()
-    place = ((size / size.max().clamp(min=1e-30)).sqrt() * BINS).long().clamp(0, BINS - 1)
-    group = _groups(torch.bincount(place, minlength=BINS).tolist()).to(place.device)[place]
+    size = size.view(arrays, -1)
+    place = ((size / size.amax(1, keepdim=True).clamp(min=1e-30)).sqrt() * BINS).long().clamp(0, BINS - 1)
+    place = (place + BINS * torch.arange(arrays, device=place.device)[:, None]).flatten()
+    counts = torch.bincount(place, minlength=arrays * BINS).view(arrays, BINS).tolist()
+    group = _groups(counts).to(place.device)[place]
 
     def mean(x, weight):  # and on how many cells it rests
         total = torch.bincount(group, weight)
@@ -110,13 +131,17 @@ def estimate(
     return targets + (mu + trust * (error - mu)).view_as(targets) * sign
 
 
-def _groups(counts: list[int]) -> torch.Tensor:
-    """int64 [bins]: the group of each bin of so many cells, from 0 without gaps; groups of LEAST_CELLS where there are
-    as many."""
-    groups, held, left = [0] * len(counts), 0, sum(counts)
-    for i in range(len(counts) - 1, -1, -1):  # the largest targets first
-        if held >= LEAST_CELLS and left >= LEAST_CELLS:
-            held = 0
-        groups[i] = (groups[i + 1] if i + 1 < len(counts) else 0) + (held == 0 and i + 1 < len(counts))
-        held, left = held + counts[i], left - counts[i]
+def _groups(counts: list[list[int]]) -> torch.Tensor:
+    """int64 [arrays · bins]: the group of each bin of so many cells, from 0 without gaps; groups of LEAST_CELLS where
+    there are as many."""
+    groups = []
+    for array, row in enumerate(counts):
+        number, held, left = 0, 0, sum(row)
+        own = [0] * len(row)
+        for i in range(len(row) - 1, -1, -1):  # the largest targets first
+            if held >= LEAST_CELLS and left >= LEAST_CELLS:
+                number, held = number + 1, 0
+            own[i] = array * len(row) + number
+            held, left = held + row[i], left - row[i]
+        groups += own
     return torch.unique(torch.tensor(groups), return_inverse=True)[1]

@@ -109,6 +109,33 @@ def test_experts_and_copied_slots_are_compensated_one_by_one(model, ids, bits):
     assert bits(model) == before
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "column"])
+@pytest.mark.parametrize("read_error", [0.0, 0.02])
+@pytest.mark.parametrize("inputs", ["the same", "their own"])
+def test_slots_are_written_together_as_one_by_one(scaling, read_error, inputs):
+    """Also what is known of them: slots of other sizes, each with the range and the groups of its own array."""
+    moments = {"w": SEEN}
+    if inputs == "their own":
+        moments = {f"w[{i}]": correlated(seed=10 + i) for i in range(3)}
+    slots = torch.stack([WEIGHT, 3 * WEIGHT.flip(0), 0.1 * WEIGHT.flip(1)])
+    pcm = NoiseModel(errors=(Conductance(Pcm(seconds=3600.0), 0.0, 25.0, scaling, compensate=True),))
+    draws = [Draws(0, 0, f"w[{i}]") for i in range(3)]
+    for noise in (NOISE, pcm):
+        together, alone = Compensated(moments, 16, read_error), Compensated(moments, 16, read_error)
+        found = together.store_slots(noise, slots, draws)
+        for w, d, acts in zip(slots, draws, found, strict=True):
+            torch.testing.assert_close(acts, alone.store(noise, w, d), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together.known(noise, w, d), alone.known(noise, w, d), rtol=1e-4, atol=1e-4)
+    assert not found[0].equal(found[1])
+
+
+def test_arrays_of_few_inputs_have_several_blocks():
+    few = Compensated({"w": SEEN}, block=96, least_blocks=4)
+    assert acts(few).equal(acts(Compensated({"w": SEEN}, block=24))) and loss(acts(few)) < loss(acts(PLAIN))
+    with pytest.raises(InputError, match="least_blocks: found 0"):
+        Compensated(least_blocks=0)
+
+
 def test_it_lowers_the_error_of_a_layer_of_a_model(olmoe, ids):
     moments, seen = collect(olmoe, ids, 64), []
     linear = olmoe.model.layers[1].self_attn.o_proj

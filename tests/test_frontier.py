@@ -43,6 +43,11 @@ def records():
         for scale in (0.9, 1.2):
             rows += [row("vanilla", VANILLA * scale, r, {"scale": scale}, "scaled")]
             rows += [row("romer_plus", 11 * scale, r, {"budget": 0.02, "scale": scale}, "scaled")]
+        clean_routing, attention = {"routing": "clean"}, {"noise_in": "attention"}
+        rows += [row("vanilla", 11.0, r, clean_routing, "limits")]
+        rows += [row("romer_plus", 10.2, r, {"budget": 0.02} | clean_routing, "limits")]
+        rows += [row("vanilla", 10.8, r, attention, "limits")]
+        rows += [row("romer_plus", 10.4, r, {"budget": 0.02} | attention, "limits")]
         here = {"celsius": 25}
         rows += [row("vanilla", 20.0, r, here, "chips", "pcm", 25.0)]
         rows += [row("romer_plus", 15.0, r, {"budget": 0.02} | here, "chips", "pcm", 25.0)]
@@ -69,6 +74,11 @@ def test_every_setting_is_held_against_vanilla_at_its_own_place():
         assert plus["scaled", f"{scale:g} x noise", "budget=0.02"] == pytest.approx(share)
     assert plus["chips", "", "budget=0.02"] == pytest.approx(math.log(20 / 15) / math.log(2))
     assert plus["chips", "", "budget=0.02, ranks of table1/80"] == pytest.approx(math.log(20 / 16) / math.log(2))
+    losses = [math.log((VANILLA + 0.1 * r) / CLEAN) for r in range(3)]  # of vanilla where routing was its own
+    share = np.mean([math.log((VANILLA + 0.1 * r) / 10.2) / loss for r, loss in enumerate(losses)])
+    assert plus["limits", "", "budget=0.02, clean routing"] == pytest.approx(share)
+    share = math.log(10.8 / 10.4) / math.log(10.8 / CLEAN)
+    assert plus["limits", "noise in attention alone", "budget=0.02"] == pytest.approx(share)
     copies = table[table["method"] == "average"].iloc[0]
     assert copies["cells"] == 2 and copies["energy"] == 1.5 and math.isnan(copies["p_average"])
     against = table[(table["method"] == "romer_plus") & (table["experiment"] == "methods")].iloc[0]

@@ -151,6 +151,19 @@ def test_a_budget_is_kept_and_spent_where_it_is_worth_most():
             allocate(gains, shapes, share)
 
 
+def test_uniform_ranks_are_alike_within_the_budget():
+    gains = {"a": torch.tensor([9.0, 4.0, 1.0]), "b": torch.full((3,), 0.1), "m.experts.down_proj": torch.ones(3)}
+    shapes = {"a": (10, 10), "b": (10, 10), "m.experts.down_proj": (4, 10, 5)}
+    prices = {"a": 20, "b": 20, "m.experts.down_proj": 30}
+    for numbers in (70, 100, 140, 210):
+        ranks = dict(allocate(gains, shapes, numbers / 400, "uniform"))
+        spent = sum(prices[name] * rank for name, rank in ranks.items())
+        assert numbers - 30 < spent <= numbers and max(ranks.values()) - min(ranks.values()) <= 1
+    assert dict(allocate(gains, shapes, 70 / 400, "loss")) == {"a": 3}
+    with pytest.raises(InputError, match="ranks: found 'even', expected one of loss, uniform"):
+        allocate(gains, shapes, 0.1, "even")
+
+
 def layout_of(name, model, fitted, **options):
     method = methods.get(name)
     return method.layout(model, fitted, method.options(fitted, options))
@@ -190,6 +203,7 @@ def test_more_budget_leaves_less_error_and_compensation_less_still(model, fitted
     assert left[0] == pytest.approx(weighted(model, fitted, Layout()), rel=1e-6)
     plus = weighted(model, fitted, layout_of("romer_plus", model, fitted, budget=0.1, block=8))
     assert plus < left[2] and plus < weighted(model, fitted, Layout(Compensated(fitted.moments, 8)))
+    assert left[2] < weighted(model, fitted, layout_of("low_rank", model, fitted, budget=0.1, ranks="uniform"))
 
 
 def test_where_the_rank_goes_is_decided_once_and_without_the_reported_noise(model, fitted, monkeypatch):

@@ -104,9 +104,23 @@ def test_the_few_largest_weights_are_weighed_by_cells_like_them():
     assert mse(estimated.flatten()[:300], stands.flatten()[:300]) < 1.3 * 0.1**2
 
 
+@pytest.mark.parametrize("scaling", ["tensor", "column"])
+def test_arrays_together_are_read_as_one_by_one(scaling):
+    pairs = replace(PCM, scaling=scaling, compensate=True, cells=Pcm(seconds=86400.0))
+    noise, arrays = NoiseModel(errors=(pairs,)), (WEIGHT, 3 * WEIGHT.flip(0), 0.1 * WEIGHT.flip(1))
+    stacked = torch.cat(arrays)
+    sigma = read_sigma(noise, stacked, 0.01, arrays=3)
+    torch.testing.assert_close(sigma, torch.cat([read_sigma(noise, w, 0.01) for w in arrays]))
+    readings = [noise.realise("w", w, 0) + 0.01 * w.abs().max() * normal(3) for w in arrays]
+    found = estimate(torch.cat(readings), stacked, sigma, unit(noise, stacked), arrays=3)
+    parts = zip(readings, arrays, strict=True)
+    alone = [estimate(m, w, read_sigma(noise, w, 0.01), unit(noise, w)) for m, w in parts]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("counts", [[5000, 300, 100, 90, 100, 10, 0, 0, 1], [10, 3, 1], [0, 700, 0, 1, 300, 0]])
 def test_groups_are_large_enough_and_in_order(counts):
-    groups = _groups(counts).tolist()
+    groups = _groups([counts]).tolist()
     sizes = [sum(c for c, g in zip(counts, groups, strict=True) if g == k) for k in range(max(groups) + 1)]
     assert groups == sorted(groups, reverse=True) and sum(sizes) == sum(counts)
     assert all(size >= LEAST_CELLS for size in sizes if size) or len(set(groups)) == 1

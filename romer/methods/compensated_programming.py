@@ -1,14 +1,24 @@
 """Compensated programming: errors of what is written are made up for in what is still to be written."""
 
+from collections.abc import Mapping
+
 from romer.compensation import Compensated
 from romer.encoding import Layout
-from romer.methods import Method, register
+from romer.methods import Fitted, Method, register
+
+LEAST_BLOCKS = 4  # of an array: experts of few inputs gain from it, too
+
+
+def encoding(fitted: Fitted, o: Mapping) -> Compensated:
+    """As `Compensated`, with the moments of calibration text."""
+    return Compensated(fitted.moments, o["block"], float(o["read_error"]), LEAST_BLOCKS)
+
 
 register(
     Method(
         "compensated_programming",
         defaults=lambda fitted: {"block": 32, "read_error": 0.0},
-        layout=lambda model, fitted, o: Layout(Compensated(fitted.moments, o["block"], float(o["read_error"]))),
+        layout=lambda model, fitted, o: Layout(encoding(fitted, o)),
         learns=True,
     )
 )

@@ -12,12 +12,12 @@ from romer.methods import Fitted, Method, register
 from romer.placement import coverage
 
 LEAST_INPUTS = 128  # of an array whose outputs are scaled and shifted
-DEFAULTS = {"budget": 0.02, "read_error": 0.0, "refit": True}
+DEFAULTS = {"budget": 0.02, "ranks": "loss", "read_error": 0.0, "refit": True}
 
 
-def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = PLAIN) -> LowRank:
-    """Paths of `budget` digital numbers, a share of the analog weights. Where they go is decided on a realisation for
-    calibration, once for all uses of `fitted`."""
+def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = PLAIN, ranks: str = "loss") -> LowRank:
+    """Paths of `budget` digital numbers, a share of the analog weights. Where they go (`ranks`, see `allocate`) is
+    decided on a realisation for calibration, once for all uses of `fitted`."""
     if fitted.noise is None:
         raise InputError("low-rank path: nothing is known of the noise that the ranks are for")
     known = fitted.known.get(("spectra", encoding))
@@ -27,7 +27,7 @@ def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = 
         )
         fitted.known["spectra", encoding] = known
     shapes = {row.parameter: row.shape for row in coverage(model, fitted.placement) if row.analog}
-    return LowRank(fitted.moments, fitted.sensitivity, allocate(known, shapes, float(budget)))
+    return LowRank(fitted.moments, fitted.sensitivity, allocate(known, shapes, float(budget), ranks))
 
 
 def layout(model: nn.Module, fitted: Fitted, o: Mapping, encoding: Encoding = PLAIN, affine: bool = False) -> Layout:
@@ -35,7 +35,7 @@ def layout(model: nn.Module, fitted: Fitted, o: Mapping, encoding: Encoding = PL
     array has at least LEAST_INPUTS and the budget pays for all of them."""
     budget, step = float(o["budget"]), Affine(fitted.moments, "channel", LEAST_INPUTS)
     taken = share(step, model, fitted.placement) if affine else 0.0
-    correction = paths(model, fitted, budget - taken if taken <= budget else budget, encoding)
+    correction = paths(model, fitted, budget - taken if taken <= budget else budget, encoding, o["ranks"])
     if affine and taken <= budget:
         correction = Chain((correction, step))
     return Layout(encoding, correction=correction, refit=o["refit"], read_error=float(o["read_error"]))

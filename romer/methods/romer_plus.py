@@ -5,15 +5,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from romer.compensation import Compensated
 from romer.encoding import Layout
-from romer.methods import Fitted, Method, Routing, low_rank, register, romer_replacement
+from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, register, romer_replacement
 
 
 def layout(model: nn.Module, fitted: Fitted, o: Mapping) -> Layout:
     """Every block is read back while it is programmed, and the finished array once more."""
-    encoding = Compensated(fitted.moments, o["block"], float(o["read_error"]))
-    return low_rank.layout(model, fitted, o, encoding, o["affine"])
+    return low_rank.layout(model, fitted, o, compensated_programming.encoding(fitted, o), o["affine"])
 
 
 def routing(fitted: Fitted, o: Mapping) -> Routing:

@@ -22,9 +22,9 @@ from romer.report.style import COLOURS, STYLE, require, save
 from romer.report.tables import measured, options_of, perplexities
 from romer.statistics import paired
 
-EXPERIMENTS = ("methods", "budget", "read", "scaled", "chips", "drift")
-CONDITIONS = ("scale", "celsius", "seconds")  # of a record's options: where it was measured, not what
-ABOUT = (*CONDITIONS, "fitted_on")
+EXPERIMENTS = ("methods", "budget", "read", "scaled", "limits", "chips", "drift")
+CONDITIONS = ("scale", "celsius", "seconds", "noise_in")  # of a record's options: where it was measured, not what
+ORIGINS = {"fitted_on": "ranks of {}", "routing": "{} routing"}  # of a record's options: what was not its own
 PAPER = ("romer", "romer_replacement", "romer_calibration")  # the paper's own methods
 CAPTION = (
     "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
@@ -54,12 +54,20 @@ LOOK = {
 
 def _split(options: dict) -> tuple[dict, dict]:
     """(where, what) of a record's options."""
-    return {k: v for k, v in options.items() if k in CONDITIONS}, {k: v for k, v in options.items() if k not in ABOUT}
+    return {k: v for k, v in options.items() if k in CONDITIONS}, {
+        k: v for k, v in options.items() if k not in (*CONDITIONS, *ORIGINS)
+    }
 
 
 def _words(where: dict) -> str:
     found = [f"{where['scale']:g} x noise"] if "scale" in where else []
-    return ", ".join(found + ([f"{where['seconds']:g} s after programming"] if "seconds" in where else []))
+    found += [f"{where['seconds']:g} s after programming"] if "seconds" in where else []
+    return ", ".join(found + ([f"noise in {where['noise_in']} alone"] if "noise_in" in where else []))
+
+
+def _origin(options: dict) -> str:
+    """Whose ranks, and whose routing, where they are not the model's own at that place."""
+    return ", ".join(words.format(options[key]) for key, words in ORIGINS.items() if key in options)
 
 
 def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
@@ -81,12 +89,12 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
         rows = rows.assign(
             where=[json.dumps(where, sort_keys=True) for where, _ in parts],
             what=[json.dumps(what, sort_keys=True) for _, what in parts],
-            origin=[options_of(row).get("fitted_on", "") for row in rows.itertuples()],
+            origin=[_origin(options_of(row)) for row in rows.itertuples()],
         )
         for (model, chip, t, where), here in rows.groupby(["model", "chip", "temperature_c", "where"], sort=False):
             clean = methods[(methods["model"] == model) & (methods["method"] == "clean")].head(1)
-            vanilla = here[here["method"] == "vanilla"]
-            if vanilla.empty and experiment == "read":
+            vanilla = here[(here["method"] == "vanilla") & (here["origin"] == "")]
+            if vanilla.empty and experiment in ("read", "limits") and where == "{}":
                 vanilla = methods[(methods["model"] == model) & (methods["method"] == "vanilla")]
             if clean.empty or vanilla.empty:
                 raise InputError(f"records: {model}, ppl:{experiment} on {chip} {where} has no clean or no vanilla row")
@@ -115,8 +123,7 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _setting(what: dict, origin: str) -> str:
-    words = [f"{key}={value}" for key, value in what.items()] + ([f"ranks of {origin}"] if origin else [])
-    return ", ".join(words)
+    return ", ".join([f"{key}={value}" for key, value in what.items()] + ([origin] if origin else []))
 
 
 def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> tuple[Path, Path]:

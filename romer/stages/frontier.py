@@ -6,12 +6,14 @@ Experiments around one operating point, each on the same realisations:
 - ppl:budget    digital numbers from none to many, and copies
 - ppl:read      the corrected ones with errors in what is read back
 - ppl:scaled    the noise stronger or weaker than what ranks were chosen at
+- ppl:limits    what is left of the loss: the clean model's choice of experts, noise in one part alone, uniform ranks
 - ppl:chips     measured chips' own errors, with ranks that were chosen there and with those that were chosen here
 - ppl:drift     such a chip later on, its corrections refitted or left as they were after programming
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -26,12 +28,13 @@ from romer.evaluate.sweep import CLEAN
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
+from romer.probes import PARTS, all_but, parts
 from romer.routing import apply
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
 from romer.stages.hardware import settings
 from romer.stages.job import CALIBRATION_REALISATIONS, Job, application
-from romer.stages.probe import Probe, measured, other_chip, together
+from romer.stages.probe import Probe, Routing, measured, other_chip, together
 from romer.tracking import Run
 
 PLUS = "romer_plus"
@@ -55,14 +58,18 @@ class Bench:
         about: Mapping | None = None,
         fitted: Fitted | None = None,
         chip: str | None = None,
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> Probe:
-        """given: options of the method; about: what else its record says; fitted: at another place."""
+        """given: options of the method; about: what else its record says, with `noise_in` noise in that part alone;
+        fitted: at another place; around: as of `Probe`."""
         method, fitted = get(name), fitted or self.fitted
         given = (dict(self.chosen) if name == PLUS else {}) | dict(given or {})
         options = method.options(fitted, given)
         layout = method.layout(self.model, fitted, options) if method.noisy else None
+        if about and "noise_in" in about:
+            layout = replace(layout, digital=all_but(self.model, fitted.placement, about["noise_in"]))
         on, realisation = (noise, realisation) if method.noisy else (None, CLEAN)
-        return Probe(task, name, options | dict(about or {}), realisation, on, layout, chip=chip, given=given)
+        return Probe(task, name, options | dict(about or {}), realisation, on, layout, around, chip, given)
 
 
 def later(noise: NoiseModel, seconds: float) -> NoiseModel:
@@ -76,7 +83,21 @@ def later(noise: NoiseModel, seconds: float) -> NoiseModel:
     return replace(noise, errors=tuple(errors))
 
 
-def listed(job: Job, bench: Bench, noise: NoiseModel) -> list[Probe]:
+def limits(bench: Bench, noise: NoiseModel, routing: Routing, realisation: int) -> list[Probe]:
+    """What is left of the loss behind romer_plus, and where it comes from."""
+    task, present = "ppl:limits", set(parts(bench.model, bench.fitted.placement).values())
+    replayed = {"about": {"routing": "clean"}, "around": partial(routing.of, CLEAN)}
+    probes = [
+        bench.probe(task, PLUS, realisation, noise, {"ranks": "uniform"}),
+        bench.probe(task, PLUS, realisation, noise, {"n_replace": 0}, **replayed),
+        bench.probe(task, "vanilla", realisation, noise, **replayed),
+    ]
+    for part, name in product((p for p in PARTS if p in present), ("vanilla", PLUS)):
+        probes.append(bench.probe(task, name, realisation, noise, about={"noise_in": part}))
+    return probes
+
+
+def listed(job: Job, bench: Bench, noise: NoiseModel, routing: Routing) -> list[Probe]:
     """Every probe of the profile, in an order in which neighbours share a programming."""
     size, probes = job.cfg.profile.frontier, [bench.probe("ppl:methods", "clean", CLEAN, noise)]
     home = {"fitted_on": f"{job.cfg.chip.name}/{job.cfg.temperature.celsius}"}
@@ -92,6 +113,8 @@ def listed(job: Job, bench: Bench, noise: NoiseModel) -> list[Probe]:
         for scale in size.scales:
             other = replace(noise, sigma_dev=scale * noise.sigma_dev)
             probes += [bench.probe("ppl:scaled", n, r, other, about={"scale": scale}) for n in (*BEFORE, PLUS)]
+    for r in range(size.limits.realisations):
+        probes += limits(bench, noise, routing, r)
     for name, celsius, other in chips:
         there = replace(bench.fitted, noise=other, known={})
         for r in range(size.elsewhere):
@@ -164,8 +187,12 @@ def main(job: Job, run: Run) -> None:
     chosen, tried, done = choose(job, model, fitted, noise, partial(read, text))
     job.say(f"chosen on calibration text: {chosen}")
     ids = job.ids(tokenizer, "evaluation", size.tokens)
-    probes = listed(job, Bench(model, fitted, chosen), noise)
+    routing = Routing(model, noise, job.placement, partial(read, ids))
+    probes = listed(job, Bench(model, fitted, chosen), noise, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
+    todo = zip(probes, keys, strict=True)
+    if any(p.options.get("routing") == "clean" and job.points.get(key) is None for p, key in todo):
+        routing.record(CLEAN)
     records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids))
     with job.write(by_hand(job)) as folder:
         pd.concat([tried, records], ignore_index=True).to_parquet(folder / "records.parquet", index=False)
