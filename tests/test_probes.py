@@ -109,3 +109,26 @@ def test_a_share_that_is_none_is_refused(olmoe):
     with pytest.raises(InputError, match="share: found 1.5"):
         with perturbed_selection(olmoe, 1.5):
             pass
+
+
+def test_a_finished_point_is_taken_without_what_it_was_measured_in(model, tmp_path):
+    """A killed job goes on where all replayed points are finished and the clean model's routing is not recorded."""
+    from types import SimpleNamespace
+
+    from romer.stages.probe import Probe, measured
+
+    def gone():
+        raise AssertionError("entered again")
+
+    probe = Probe("ppl:routing", "clean", {"routing": "clean"}, -1, None, around=gone)
+    chip, celsius = SimpleNamespace(name="table1"), SimpleNamespace(celsius=80)
+    profile = SimpleNamespace(window=64)
+    finished = {"value": 12.5, "run_id": "0"}
+    job = SimpleNamespace(
+        cfg=SimpleNamespace(model=SimpleNamespace(name="olmoe"), chip=chip, temperature=celsius, profile=profile),
+        points=SimpleNamespace(get=lambda key: finished),
+        point=lambda key, name, compute: finished,
+        say=lambda message: None,
+    )
+    found = measured(job, model, None, [probe], [probe.key], 64, gone)
+    assert found["value"].tolist() == [12.5]

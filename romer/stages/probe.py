@@ -186,10 +186,12 @@ def measured(
                 stack.enter_context(program(model, on, realisation, job.placement, layout))
             for p, key in group:
                 how = get(p.method).routing(fitted, get(p.method).options(fitted, p.given))
-                with apply(model, *how), p.around():
-                    found = job.point(
-                        key, f"{p.task.removeprefix('ppl:')}-{p.method}-{realisation}", lambda: {"value": measure()}
-                    )
+
+                def value(p=p, how=how) -> dict:  # a finished point may need what is no longer there: replayed routing
+                    with apply(model, *how), p.around():
+                        return {"value": measure()}
+
+                found = job.point(key, f"{p.task.removeprefix('ppl:')}-{p.method}-{realisation}", value)
                 job.say(f"{p.task} {p.method} {json.dumps(p.options)} realisation {realisation}: {found['value']:.4f}")
                 row = record(job, p.method, p.options, p.task, realisation, found["value"], found["run_id"])
                 cells = 1.0 if p.layout is None else p.layout.encoding.cells
