@@ -111,10 +111,13 @@ def test_what_there_is_nothing_to_hold_against_is_an_error(drop, what):
 
 def test_the_picture_is_written_twice_the_same(tmp_path):
     table = taken_back(records(), costs())
+    table.loc[table["method"] == "romer", "recovered"] = -5.0  # is named, and does not flatten the rest
     first = [path.read_bytes() for path in picture(table, tmp_path, "a")]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.svg"}
     assert first[0] == picture(table, tmp_path, "b")[0].read_bytes() and b"<svg" in first[1]
     with pytest.raises(InputError, match="frontier: found no rows"):
         picture(table.iloc[:0], tmp_path)
+    assert picture(table.assign(recovered=math.nan), tmp_path, "empty")[0].stat().st_size  # noise that took nothing
 
 
 def test_a_chip_later_on_is_the_same_but_for_its_drift():

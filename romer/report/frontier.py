@@ -25,6 +25,7 @@ from romer.statistics import paired
 EXPERIMENTS = ("methods", "budget", "read", "scaled", "limits", "chips", "drift")
 CONDITIONS = ("scale", "celsius", "seconds", "noise_in")  # of a record's options: where it was measured, not what
 ORIGINS = {"fitted_on": "ranks of {}", "routing": "{} routing"}  # of a record's options: what was not its own
+LOWEST = -1.0  # recovered fraction that the picture shows; what lies below is named
 PAPER = ("romer", "romer_replacement", "romer_calibration")  # the paper's own methods
 CAPTION = (
     "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
@@ -127,24 +128,28 @@ def _setting(what: dict, origin: str) -> str:
 
 
 def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> tuple[Path, Path]:
-    """Recovered fraction against digital numbers, cells and energy, a column a model.
+    """Recovered fraction against digital numbers, cells and energy, a column a model that lost anything.
 
     table: of `taken_back`. Writes `name`.png and `name`.svg in `folder`, returns their paths. Raises InputError for a
     table without rows.
     """
     require(table, "frontier", ("experiment", "model", "method", "recovered", "side", "cells", "energy"))
-    models = list(dict.fromkeys(table["model"]))
+    shown = table[table["experiment"].isin(("methods", "budget")) & table["recovered"].notna()]
+    models = list(dict.fromkeys((shown if len(shown) else table)["model"]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.8 + 2.9 * len(models), 7.2), layout="constrained")
         panels = figure.subplots(3, len(models), sharey="col", squeeze=False)
         for column, model in zip(panels.T, models, strict=True):
-            rows = table[table["model"] == model]
+            rows = shown[shown["model"] == model]
             _budget(column[0], rows[rows["experiment"] == "budget"])
-            shown = rows[rows["experiment"].isin(("methods", "budget"))]
             for panel, key in ((column[1], "cells"), (column[2], "energy")):
-                for method, group in shown.groupby("method", sort=False):
+                for method, group in rows.groupby("method", sort=False):
                     _, colour, marker = LOOK.get(method, (method, "grey", "o"))
                     _points(panel, group[key], group, colour, marker)
+                for row in rows[rows["recovered"] < LOWEST].itertuples():
+                    whose, colour, _ = LOOK.get(row.method, (row.method, "grey", "o"))
+                    words, at = f"{whose} {row.recovered:.1f}, below", (getattr(row, key), LOWEST)
+                    panel.annotate(words, at, (3, 3), textcoords="offset points", fontsize=7, color=colour)
             column[0].set_title(model, weight="bold", fontsize=9)
             for panel, label in zip(
                 column, ("digital share (%)", "cells (× vanilla)", "energy (× vanilla)"), strict=True
@@ -153,6 +158,7 @@ def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> 
                 panel.axhline(0, color="black", lw=0.8)
                 panel.axhline(1, color="grey", lw=0.8, ls=":")
                 panel.grid(alpha=0.25, lw=0.5)
+                panel.set_ylim(bottom=max(LOWEST, panel.get_ylim()[0]))
         for panel in panels[:, 0]:
             panel.set_ylabel("recovered fraction")
         present = [m for m in LOOK if (table["method"] == m).any()]
