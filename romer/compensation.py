@@ -27,12 +27,12 @@ DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
 
 
 class _Columns(Draws):
-    """The draws of some columns (inputs) of whole arrays, one below the other, by their places in `order`: a cell's
-    error is the one it has in any other layout."""
+    """The draws of some columns (inputs) of whole arrays of one shape, one below the other, by their places in `order`
+    (None: as they are): a cell's error is the one it has in any other layout."""
 
-    def __init__(self, arrays: Sequence[Draws], outputs: int, order: torch.Tensor):
+    def __init__(self, arrays: Sequence[Draws], one: tuple[int, int], order: torch.Tensor | None = None):
         super().__init__(arrays[0].seed, arrays[0].realisation, arrays[0].tensor, arrays[0].replica)
-        own = dict(arrays=arrays, one=(outputs, order.shape[1]), order=order, places=slice(None), kept={})
+        own = dict(arrays=arrays, one=one, order=order, places=slice(None), kept={})
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -46,8 +46,8 @@ class _Columns(Draws):
         if not isinstance(like, torch.Tensor):
             raise InputError(f"compensated programming: errors of kind {kind!r} are not those of single cells")
         if kind not in self.kept:
-            drawn = torch.stack([draws.shared(kind, self.one) for draws in self.arrays]).to(like.device)
-            self.kept[kind] = _taken(drawn.flatten(0, 1), self.order)
+            drawn = torch.cat([draws.shared(kind, self.one) for draws in self.arrays]).to(like.device)
+            self.kept[kind] = drawn if self.order is None else _taken(drawn, self.order)
         return self.kept[kind][:, self.places]
 
 
@@ -121,19 +121,20 @@ class Compensated:
         if any(e.scaling == "column" for e in pairs):
             top = values.abs().amax(1, keepdim=True)
         written = as_read(noise, written=True)
-        found = [self.latest.get(d) for d in draws]
-        parts = zip(found, values.chunk(arrays), strict=True)
-        if not all(one and one.noise == written and one.values.equal(w) for one, w in parts):
+        if not all(self._stands(written, w, d) for w, d in zip(values.chunk(arrays), draws, strict=True)):
             self._write(written, values, draws, largest, top, bool(pairs))
-            found = [self.latest[d] for d in draws]
-        unsorted = torch.arange(values.shape[1])[None]
-        cells = _Columns(draws, len(values) // arrays, unsorted).at(slice(None))
-        acts = noise.store(torch.cat([one.targets for one in found]), cells, full_range=top)
+        targets, one = torch.cat([self.latest[d].targets for d in draws]), (len(values) // arrays, values.shape[1])
+        acts = noise.store(targets, _Columns(draws, one), full_range=top)
         if any(e.compensate for e in pairs):  # the mean decay, as `Conductance` takes it out of a whole array
             for array, wanted in zip(acts.chunk(arrays), values.chunk(arrays), strict=True):
                 if (total := array.abs().sum()) > 0:
                     array *= wanted.abs().sum() / total
         return acts
+
+    def _stands(self, written: NoiseModel, values: torch.Tensor, draws: Draws) -> bool:
+        """Whether an array with these values and errors is among those that were written last."""
+        found = self.latest.get(draws)
+        return found is not None and found.noise == written and found.values.equal(values)
 
     def _write(
         self,
@@ -149,7 +150,7 @@ class Compensated:
         order, upper = self._factors(draws)  # [S, in] and [S, in, in], S = 1 where all see the same inputs
         targets, known = _taken(values, order), torch.empty_like(values)  # all in that order
         arrays, alike, inputs = len(draws), unit(seen, values), values.shape[1]
-        cells = _Columns(draws, len(values) // arrays, order)
+        cells = _Columns(draws, (len(values) // arrays, inputs), order)
 
         def apart(errors: torch.Tensor) -> torch.Tensor:  # by their factors
             return errors.view(len(order), -1, errors.shape[1])
@@ -199,8 +200,7 @@ class Compensated:
         values = values.float()
         if not values.any():
             return values
-        found = self.latest.get(draws)
-        if not (found and found.noise == as_read(noise, written=True) and found.values.equal(values)):
+        if not self._stands(as_read(noise, written=True), values, draws):
             self.store(noise, values, draws)
         return self.latest[draws].known
 

@@ -105,6 +105,12 @@ def parts(model: nn.Module, placement: Placement) -> dict[str, str]:
     return {r.parameter: "shared expert" if r.kind == "shared expert gate" else r.kind for r in rows}
 
 
+def present(model: nn.Module, placement: Placement) -> list[str]:
+    """Those of PARTS that are analog in the model."""
+    found = set(parts(model, placement).values())
+    return [part for part in PARTS if part in found]
+
+
 def all_but(model: nn.Module, placement: Placement, part: str) -> frozenset[str]:
     """Names of the analog tensors of all parts but one: digital, they leave noise in that part alone.
 

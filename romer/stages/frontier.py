@@ -28,7 +28,7 @@ from romer.evaluate.sweep import CLEAN
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
-from romer.probes import PARTS, all_but, parts
+from romer.probes import all_but, present
 from romer.routing import apply
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
@@ -85,14 +85,14 @@ def later(noise: NoiseModel, seconds: float) -> NoiseModel:
 
 def limits(bench: Bench, noise: NoiseModel, routing: Routing, realisation: int) -> list[Probe]:
     """What is left of the loss behind romer_plus, and where it comes from."""
-    task, present = "ppl:limits", set(parts(bench.model, bench.fitted.placement).values())
+    task = "ppl:limits"
     replayed = {"about": {"routing": "clean"}, "around": partial(routing.of, CLEAN)}
     probes = [
         bench.probe(task, PLUS, realisation, noise, {"ranks": "uniform"}),
         bench.probe(task, PLUS, realisation, noise, {"n_replace": 0}, **replayed),
         bench.probe(task, "vanilla", realisation, noise, **replayed),
     ]
-    for part, name in product((p for p in PARTS if p in present), ("vanilla", PLUS)):
+    for part, name in product(present(bench.model, bench.fitted.placement), ("vanilla", PLUS)):
         probes.append(bench.probe(task, name, realisation, noise, about={"noise_in": part}))
     return probes
 
@@ -190,9 +190,7 @@ def main(job: Job, run: Run) -> None:
     routing = Routing(model, noise, job.placement, partial(read, ids))
     probes = listed(job, Bench(model, fitted, chosen), noise, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
-    todo = zip(probes, keys, strict=True)
-    if any(p.options.get("routing") == "clean" and job.points.get(key) is None for p, key in todo):
-        routing.record(CLEAN)
+    routing.prepare(job, probes, keys, [CLEAN])
     records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids))
     with job.write(by_hand(job)) as folder:
         pd.concat([tried, records], ignore_index=True).to_parquet(folder / "records.parquet", index=False)

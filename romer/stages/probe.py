@@ -10,7 +10,7 @@ Experiments around one operating point, each on the same realisations:
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,11 +29,10 @@ from romer.evaluate.sweep import CLEAN
 from romer.methods import Fitted, get
 from romer.noise import NoiseModel
 from romer.probes import (
-    PARTS,
     Decisions,
     all_but,
-    parts,
     perturbed_selection,
+    present,
     recorded_routing,
     replayed_routing,
 )
@@ -90,11 +89,16 @@ class Routing:
             with arrays, recorded_routing(self.model) as self.known[realisation]:
                 self.measure()
 
+    def prepare(self, job: Job, probes: list[Probe], keys: list[dict], realisations: Iterable[int]) -> None:
+        """Records them, on a model that is not programmed, where a probe that replays routing is not finished."""
+        if any("routing" in p.options and job.points.get(key) is None for p, key in zip(probes, keys, strict=True)):
+            for realisation in realisations:
+                self.record(realisation)
+
 
 def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list[Probe]:
     """Every probe of the profile, in an order in which neighbours share a programming."""
     size, placement = job.cfg.profile.probe, job.placement
-    present = set(parts(model, placement).values())
     naive = get(NAIVE).layout(model, fitted, get(NAIVE).options(fitted, {}))
     others = [(chip, celsius, other_chip(job, chip, celsius)) for chip, celsius in size.transfer]
     probes = []
@@ -110,7 +114,7 @@ def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list
         probes.append(Probe("ppl:routing", "vanilla", split, r, noise, Layout(), partial(routing.of, CLEAN)))
         split = {"routing": "noisy", "weights": "clean"}
         probes.append(Probe("ppl:routing", "vanilla", split, r, None, None, partial(routing.of, r)))
-        for part in (p for p in PARTS if p in present):
+        for part in present(model, placement):
             alone = Layout(digital=all_but(model, placement, part))
             probes.append(Probe("ppl:parts", "vanilla", {"noise_in": part}, r, noise, alone))
         for scale in size.scales:
@@ -154,10 +158,7 @@ def main(job: Job, run: Run) -> None:
     routing = Routing(model, noise, job.placement, measure)
     probes = listed(job, model, fitted, noise, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
-    todo = zip(probes, keys, strict=True)
-    if any(p.task == "ppl:routing" and job.points.get(key) is None for p, key in todo):
-        for realisation in (CLEAN, *range(size.realisations)):
-            routing.record(realisation)
+    routing.prepare(job, probes, keys, (CLEAN, *range(size.realisations)))
     records = measured(job, model, fitted, probes, keys, size.tokens, measure)
     with job.write(by_hand(job)) as folder:
         records.to_parquet(folder / "records.parquet", index=False)
