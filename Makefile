@@ -7,13 +7,15 @@ CORES ?= 8
 PYTHON ?= python3
 
 # Rules and tests call `romer`, `snakemake` and friends by name. One BLAS thread a process: Snakemake runs CORES of them.
+# No more jobs side by side than fit nine tenths of the memory, by what their rules say that they need.
+MEMORY := $(shell awk '/MemTotal/ {print int($$2 * 0.9 / 1000)}' /proc/meminfo 2>/dev/null)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
 .PHONY: reproduce test test-slow lint clean
 
 reproduce: $(INSTALLED)
-	$(RUN) .venv/bin/snakemake --cores $(CORES) --config profile=$(PROFILE) -- all
+	$(RUN) .venv/bin/snakemake --cores $(CORES) $(if $(MEMORY),--resources mem_mb=$(MEMORY)) --config profile=$(PROFILE) -- all
 
 test: $(INSTALLED)
 	$(RUN) .venv/bin/pytest -n 2 --no-loadscope-reorder -m "not slow" -q --durations=15

@@ -90,12 +90,15 @@ class Affine:
         read = stored if read is None else read.float()
         spread = read @ covariance  # [out, in]
         variance, together = (spread * read).sum(1), (spread * clean).sum(1)  # of ỹ; of ỹ and y
+        was, should = read @ seen.mean, clean @ seen.mean  # means of ỹ and y
         trust = seen.tokens / (seen.tokens + PRIOR_TOKENS)
-        if self.per == "layer":
-            variance, together = variance.sum().expand(len(stored)), together.sum().expand(len(stored))
+        if self.per == "layer":  # all outputs are one sample, so their means differ within it
+            apart, other = was - was.mean(), should - should.mean()
+            variance = (variance + apart * apart).sum().expand(len(stored))
+            together = (together + apart * other).sum().expand(len(stored))
         k = torch.where(variance > 0, together / variance.clamp(min=1e-30), 1.0)
         k = 1 + trust * (k - 1)
-        b = trust * (clean @ seen.mean - k * (read @ seen.mean))
+        b = trust * (should - k * was)
         if self.per == "layer":
             b = b.mean().expand(len(stored))
         return k[:, None] * stored, b

@@ -53,14 +53,15 @@ def loads(model: nn.Module, fitted: Fitted) -> dict[str, torch.Tensor]:
 def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted, options: Mapping) -> Cost:
     """The cost of a method with complete options on the (clean) model.
 
-    A copied expert's second slot computes for every token that chose the expert; the tokens of the experts that are
-    overwritten go to others, so the routed products otherwise stay as they are.
+    A copied expert's second slot computes for every token that chose the expert, by the clean model's choices (which
+    eq. 8, `literal`, changes); the tokens of the experts that are overwritten go to others, so the routed products
+    otherwise stay as they are.
     """
     layout, (plan, _) = method.layout(model, fitted, options), method.routing(fitted, options)
     kept = {row.parameter for row in coverage(model, method.placement(placement)) if row.analog}
     share = loads(model, fitted)
     copies = {path: 1 + torch.zeros(len(load), dtype=torch.float64) for path, load in share.items()}
-    if plan is not None and plan.form == "split":
+    if plan is not None:
         for (path, load), hot in zip(share.items(), plan.hot, strict=True):
             copies[path] = copies[path] + load[list(hot)].sum() / load.sum()  # twice for the share that chose hot ones
     plain, own = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)

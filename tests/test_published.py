@@ -18,6 +18,8 @@ CELLS = [  # as printed in the paper: clean, vanilla
     ("table3", "olmoe", 85, 10.48, 35.3),
     ("table4", "qwen3", 25, 10.83, 11.61),
     ("table4", "qwen3", 85, 10.83, 24.87),
+    ("figure3", "olmoe", 85, 12, 58),
+    ("figure3", "qwen3", 85, 11, 32),
 ]
 
 
@@ -28,7 +30,7 @@ def test_the_target_is_the_log_ratio_of_the_printed_numbers(table, model, temper
 
 
 @pytest.mark.parametrize(
-    "table, cells", [("table1", 14 * 6), ("table2", 14 * 7), ("table3", 4 * 11), ("table4", 49 * 4)]
+    "table, cells", [("table1", 14 * 6), ("table2", 14 * 7), ("table3", 4 * 11), ("table4", 49 * 4), ("figure3", 2 * 4)]
 )
 def test_tables_are_whole(table, cells):
     frame = published.load(table)

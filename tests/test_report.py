@@ -66,12 +66,12 @@ def one(table, model, method, temperature_c=25):
     return row.iloc[0][model]
 
 
-def test_table1_means_are_over_realisations_and_fractions_within_them(headline):
+def test_table1_means_are_over_realisations_and_fractions_over_pairs_of_them(headline):
     vanilla, romer = one(headline, "olmoe", "vanilla"), one(headline, "olmoe", "romer")
     assert vanilla["mean"] == pytest.approx(80 / 3) and vanilla["realisations"] == 3
     assert vanilla["recovered"] == 0 and vanilla["log_ratio"] == pytest.approx((2 * math.log(2) + math.log(4)) / 3)
-    # Realisation 0: all of ln 2 undone; realisation 1: ln 2 of ln 4. The third has no romer row to be paired with.
-    assert romer["mean"] == 15 and romer["recovered"] == pytest.approx(0.75)
+    # Realisation 0: all of ln 2 undone; realisation 1: ln 2 of ln 4: 2 of 3 together. The third has no romer row.
+    assert romer["mean"] == 15 and romer["recovered"] == pytest.approx(2 / 3)
     assert (romer["realisations"], romer["pairs"], romer["tokens"], romer["cells"]) == (2, 2, 4096, 1)
     assert (romer["recovered_low"], romer["recovered_high"]) == pytest.approx((0.5, 1.0))
     assert (romer["low"], romer["high"]) == (10, 20)
@@ -119,8 +119,8 @@ def test_table4_gives_each_component_alone_and_vanilla_at_zero(ablation):
     at = {"temperature_c": 25.0, "component": "replacement_n"}
     split, literal = (pick(ablation, variant=v, value=4, **at) for v in ("split", "literal"))
     assert split["mean"] == pytest.approx(30 / math.sqrt(2)) and split["published"] == 11.01
-    assert split["recovered"] == pytest.approx((0.5 + 0.25) / 2)
-    assert literal["recovered"] == pytest.approx((0.25 + 0.125) / 2)
+    assert split["recovered"] == pytest.approx(2 * 0.5 / 3)  # of ln 2 and ln 4
+    assert literal["recovered"] == pytest.approx(2 * 0.25 / 3)
     assert pick(ablation, variant="split", value=0, **at)["mean"] == 30
     assert math.isnan(pick(ablation, variant="split", value=8, **at)["mean"])
     at = {"temperature_c": 25.0, "component": "calibration_lambda", "variant": "iqr"}

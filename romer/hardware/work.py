@@ -176,9 +176,14 @@ class Work:
         return {kind: stored for kind, (stored, _) in occurrences(self.shape).items() if self.analog(kind)}
 
     def tiles_stored(self, digital_experts: int) -> int:
-        """Tiles of the whole model; spare cells of an encoding share tiles."""
+        """Tiles of the whole model; spare cells of an encoding share tiles, and are read with them."""
         plain = sum(self.tiles(kind) * count for kind, count in self._less(digital_experts).items())
         return math.ceil(plain * self.deployment.cells)
+
+    def weights_stored(self, digital_experts: int) -> float:
+        """Cells of the whole model's weights, without those of lm_head: an encoding's arrays count."""
+        held = sum(self.parts[k].weights * count for k, count in self._less(digital_experts).items() if k != "lm_head")
+        return self.deployment.cells * held
 
     def cell_utilisation(self, digital_experts: int) -> float:
         """Share of the stored tiles' cells that hold weights; 0 without tiles."""

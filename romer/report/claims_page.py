@@ -24,7 +24,9 @@ RULES = (
     f" difference excludes zero and the paired t-test, Holm-corrected within the claim, gives p < {ALPHA}; where"
     f" nothing is drawn at random, a change of loss by more than {EXACT_TOLERANCE} nats counts. ln is the natural"
     " logarithm of a ratio of perplexities; negative is better. Draws: realisations of the noise. The paper's number is"
-    " what its text states or its tables give for the same quantity."
+    " what its text states or its tables give for the same quantity. Intervals are over draws alone: they say nothing"
+    " of another text, and of two or three draws they are hardly more than the range. Several claims can rest on one"
+    " finding."
 )
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1b1b1b; }

@@ -96,7 +96,8 @@ def gain_moves_little(evidence: Evidence) -> Finding:
     lost = sum(place == DOES_NOT_HOLD or sign == 1 for place, sign in zip(places, given, strict=True))
     reason = (
         f"a reduction that stays within five points in {kept} of {len(changes)} cases; moved by more in"
-        f" {places.count(DOES_NOT_HOLD)}, no reduction but a rise in {given.count(1)}"
+        f" {places.count(DOES_NOT_HOLD)}, no reduction but a rise in {given.count(1)}: of a rise it is not asked how"
+        " far it moves"
     )
     return replace(pooled(changes), verdict=tally(kept, lost, len(changes)), reason=reason)
 

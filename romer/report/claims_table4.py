@@ -71,6 +71,19 @@ def n16_worse() -> Finding:
 
 
 @table4.states(
+    "n8-degrades-table4",
+    "From n = 8 on, replacement does harm.",
+    WHERE,
+    "cells of table 4 with n = 8 or 16 that are above n = 0",
+)
+def n8_degrades() -> Finding:
+    table = grid("replacement_n")
+    worse = table[[8, 16]].gt(table[0], axis=0)
+    reason = f"n = 8 at {worse[8].sum()} of 4 temperatures, n = 16 at {worse[16].sum()} of 4"
+    return Finding(of_all(worse.values.sum(), worse.size), reason, worse.size, worse.values.sum())
+
+
+@table4.states(
     "lambda-04-lowest-table4",
     "λ = 0.4 gives the lowest perplexity at every temperature.",
     WHERE,
@@ -160,6 +173,18 @@ def wikitext_2_and_103() -> Finding:
         f" and {second['wikitext2_ppl']}, clean Qwen3 {first['qwen3']} and {clean()}: apart in opposite directions"
     )
     return Finding(DOES_NOT_HOLD, reason, 0.0, ratio)
+
+
+@table4.states(
+    "five-temperatures-table4",
+    "Table 4 spans five temperatures.",
+    "table 4, its caption",
+    "temperatures in table 4",
+)
+def five_temperatures() -> Finding:
+    found = len(grid("replacement_n"))
+    reason = f"the caption says five, the text and the table have {', '.join(map(str, TEMPERATURES))} °C"
+    return Finding(of_all(int(found == 5), 1), reason, 5, found)
 
 
 @table4.states(

@@ -31,7 +31,7 @@ CAPTION = (
     "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
     " digital numbers beside the arrays, as a share of the analog weights; cells and energy as multiples of vanilla's;"
     " p: two-sided paired t-tests of ln(ppl), not corrected, against the average of two copies and against the best of"
-    " the paper's methods at that place. Empty where the noise did not raise the perplexity in every realisation."
+    " the paper's methods at that place. Empty where the interval of the noise's harm reaches zero."
 )
 COLUMNS = "experiment model chip temperature_c where method setting mean low high realisations recovered recovered_low"
 COLUMNS = f"{COLUMNS} recovered_high cells side digital operations readbacks energy p_average p_paper tokens".split()

@@ -58,7 +58,7 @@ def _rows(costs: pd.DataFrame, shape: str) -> pd.DataFrame:
     return rows
 
 
-def _n(options: str) -> float:
+def n_of(options: str) -> float:
     """n of a row's options, NaN for methods without."""
     return float(json.loads(options).get("n_replace", np.nan))
 
@@ -84,7 +84,7 @@ def table3(costs: pd.DataFrame, published: pd.DataFrame, shape: str = "own") -> 
                 raise InputError(f"costs: {model}, {method}: realisation {missing[0]} has no vanilla row")
             base = vanilla.loc[group["realisation"]].reset_index(drop=True)
             own = group.reset_index(drop=True)
-            line = {"model": model, "method": method, "n_replace": _n(options), "realisations": len(own)}
+            line = {"model": model, "method": method, "n_replace": n_of(options), "realisations": len(own)}
             line["cells"] = own["cells"].mean()
             line |= {key: 100 * (own[c] / base[c] - 1).mean() for key, c in OVERHEADS.items()}
             line["latency_us_per_token"] = 1e6 * (own["time_s"] / own["tokens"]).mean()
@@ -114,11 +114,13 @@ def pareto(energy: np.ndarray, perplexity: np.ndarray) -> np.ndarray:
     return ~(less & better).any(0)
 
 
-def front(costs: pd.DataFrame, folder: str | Path, name: str = "front", shape: str = "own") -> tuple[Path, Path]:
+def front(
+    costs: pd.DataFrame, folder: str | Path, name: str = "front", shape: str = "own", title: str = ""
+) -> tuple[Path, Path]:
     """Perplexity against energy per token of every method and n, a panel a model; the line joins the Pareto front.
 
-    Points are means over realisations. Writes `name`.png and `name`.svg in `folder`, returns their paths. Raises
-    InputError as `table3` does.
+    Points are means over realisations, thin lines the range of perplexity. Writes `name`.png and `name`.svg in
+    `folder`, returns their paths. Raises InputError as `table3` does.
     """
     rows = _rows(costs, shape).assign(uj=lambda r: 1e6 * r["energy_j"] / r["tokens"])
     models, listed = sorted(set(rows["model"])), sorted(set(rows["method"]))
@@ -128,13 +130,19 @@ def front(costs: pd.DataFrame, folder: str | Path, name: str = "front", shape: s
         panels = figure.subplots(1, len(models), squeeze=False)[0]
         for panel, model in zip(panels, models, strict=True):
             points = rows[rows["model"] == model].groupby(["method", "options"], as_index=False)
-            points = points[["uj", "perplexity"]].mean()
+            points = points.agg(
+                uj=("uj", "mean"),
+                least=("perplexity", "min"),
+                most=("perplexity", "max"),
+                perplexity=("perplexity", "mean"),
+            )
             best = points[pareto(points["uj"].to_numpy(), points["perplexity"].to_numpy())].sort_values("uj")
             panel.plot(best["uj"], best["perplexity"], color="grey", lw=1, zorder=1, drawstyle="steps-post")
             for point in points.itertuples():
                 colour, marker = look[point.method]
+                panel.plot([point.uj] * 2, [point.least, point.most], color=colour, lw=0.8, zorder=1)
                 panel.plot(point.uj, point.perplexity, marker, color=colour, markeredgecolor="black", markersize=5)
-                if np.isfinite(n := _n(point.options)):
+                if np.isfinite(n := n_of(point.options)):
                     panel.annotate(
                         f"{n:g}", (point.uj, point.perplexity), xytext=(4, 3), fontsize=7, textcoords="offset points"
                     )
@@ -149,4 +157,5 @@ def front(costs: pd.DataFrame, folder: str | Path, name: str = "front", shape: s
         ]
         keys.append(Line2D([], [], color="grey", lw=1, label="Pareto front"))
         figure.legend(handles=keys, loc="outside right upper", frameon=False, title="method (number: n)")
+        figure.suptitle(title, fontsize=10)
         return save(figure, folder, name)

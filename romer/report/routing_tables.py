@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 
 from romer.errors import InputError
+from romer.published import load
 from romer.report.tables import measured, options_of, perplexities
 
 COMPARED = ("clean", "vanilla", "kb_calibration")
+PRINTED = dict(zip(COMPARED, ("clean_ppl", "noisy_ppl", "naive_ppl"), strict=True))  # in section 3.1, of figure 3
 CAUSES = {  # cause: (task, options) of its vanilla rows
     "noise everywhere": ("ppl:perturbed", {"perturbed": 0}),
     "routing alone": ("ppl:routing", {"routing": "noisy", "weights": "clean"}),
@@ -50,11 +52,12 @@ def perturbation(records: pd.DataFrame) -> pd.DataFrame:
     """Perplexity by the share of each token's experts that is drawn at random: figure 3, left.
 
     Rows of ppl:perturbed are used. Returns one row per (model, perturbed, method): model, chip, temperature_c,
-    perturbed, method (clean | vanilla | kb_calibration), mean, low, high, realisations (0: nothing was drawn), tokens.
+    perturbed, method (clean | vanilla | kb_calibration), mean, low, high, realisations (0: nothing was drawn), tokens,
+    published (of an unperturbed selection on chip figure3: what section 3.1 states, rounded).
     Raises InputError for a model at several operating points, or rows that cannot share a cell.
     """
     rows = _probed(records, "ppl:perturbed")
-    table = []
+    table, printed = [], load("figure3").set_index("model")
     for model, chip, t in _places(rows):
         here = rows[rows["model"] == model]
         shares = {read.get("perturbed") for read in here["read"]}
@@ -67,8 +70,10 @@ def perturbation(records: pd.DataFrame) -> pd.DataFrame:
                     cell = measured(chosen, chosen.head(0), chosen.head(0), f"{model}, {method}, perturbed {share:g}")
                     line = {"model": model, "chip": chip, "temperature_c": float(t), "perturbed": float(share)}
                     line |= {key: cell[key] for key in ("mean", "low", "high", "realisations", "tokens")}
+                    stated = chip == "figure3" and not share
+                    line["published"] = float(printed.at[model, PRINTED[method]]) if stated else np.nan
                     table.append(line | {"method": method})
-    columns = "model chip temperature_c perturbed method mean low high realisations tokens".split()
+    columns = "model chip temperature_c perturbed method mean low high realisations tokens published".split()
     return pd.DataFrame(table, columns=columns)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from romer.errors import InputError
 from romer.report.printing import BOUNDS, write
-from romer.statistics import CONFIDENCE, RESAMPLES, mean_interval, recovered_fraction
+from romer.statistics import CONFIDENCE, RESAMPLES, mean_interval, recovered_fraction, recovered_interval
 
 __all__ = ["caption", "measured", "only", "options_of", "perplexities", "table1", "table4", "table4_map", "write"]
 
@@ -69,9 +69,9 @@ def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wha
     """One cell group: mean and interval of perplexity, of ln(ppl/clean) and of the recovered fraction.
 
     rows: one setting, a row per realisation; vanilla: the rows that the recovered fraction refers to; clean: a row or
-    none; what: names the cell in errors. The recovered fraction is formed within each realisation that vanilla has too
-    (`pairs` of them), then averaged, where the noise raised perplexity in all of them. Raises InputError for a
-    realisation that is there twice, or several options, token counts or cells.
+    none; what: names the cell in errors. The recovered fraction is that of the mean losses over the realisations that
+    vanilla has too (`pairs` of them), empty where the interval of the noise's harm reaches 0 (`recovered_interval`).
+    Raises InputError for a realisation that is there twice, or several options, token counts or cells.
     """
     cell = dict(NOTHING) | {"tokens": None, "cells": np.nan}
     if rows.empty:
@@ -89,11 +89,11 @@ def measured(rows: pd.DataFrame, vanilla: pd.DataFrame, clean: pd.DataFrame, wha
     base = clean["value"].iloc[0]
     cell["log_ratio"], cell["log_ratio_low"], cell["log_ratio_high"] = mean_interval(np.log(rows["value"] / base))
     pairs = rows.merge(vanilla, on="realisation", suffixes=("", "_vanilla"))
-    fractions = recovered_fraction(base, pairs["value_vanilla"], pairs["value"])
-    lost = (pairs["value_vanilla"] > base).all()  # else there is nothing to recover
-    if cell["realisations"] and len(pairs) and lost:
-        cell["recovered"], cell["recovered_low"], cell["recovered_high"] = mean_interval(fractions)
-        cell["pairs"] = len(pairs)
+    if cell["realisations"] and len(pairs):
+        found = recovered_interval(base, pairs["value_vanilla"], pairs["value"])
+        if not np.isnan(found[0]):
+            cell["recovered"], cell["recovered_low"], cell["recovered_high"] = found
+            cell["pairs"] = len(pairs)
     return cell
 
 

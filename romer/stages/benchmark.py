@@ -28,6 +28,9 @@ WORDS = "word_perplexity"  # a task of the configuration: WikiText where there i
 
 def named(job: Job, task: str) -> tuple[str, list[dict] | None]:
     """(lm-eval's name, documents) of a task of the configuration; None for documents that come out of the wheel."""
+    source = job.config["profile"]["benchmark"]["source"]
+    if source not in ("wheel", "hub"):
+        raise InputError(f"profile.benchmark.source: found {source!r}, expected wheel or hub")
     data, paper = job.cfg.data, job.cfg.profile.name == "paper"
     if task == WORDS:
         task = "wikitext" if data.wikitext_dir or paper else "wikipedia_leads"
@@ -42,7 +45,7 @@ def named(job: Job, task: str) -> tuple[str, list[dict] | None]:
         if set(rows["part"]) != {"wikipedia"}:
             raise InputError(f"task wikipedia_leads: the text is {rows['part'].iloc[0]}, expected Wikipedia leads")
         return task, benchmarks.lead_documents(list(rows["text"]))
-    return task, None
+    return task, benchmarks.hub_documents(task) if source == "hub" else None
 
 
 def load(job: Job, names: Iterable[str]) -> list[ConfigurableTask]:

@@ -21,8 +21,21 @@ from romer import perplexity
 from romer.cost import cost
 from romer.errors import InputError
 from romer.evaluate.sweep import Point, points, sweep
-from romer.hardware import SHAPES, ChipSheet, Deployment, Trace, deployed, estimate, record, shape_of, simulate, stretch
+from romer.hardware import (
+    SHAPES,
+    ChipSheet,
+    Deployment,
+    ModelShape,
+    Trace,
+    deployed,
+    estimate,
+    record,
+    shape_of,
+    simulate,
+    stretch,
+)
 from romer.hardware.model import PARTS
+from romer.hardware.work import Work
 from romer.methods import Fitted, get
 from romer.replacement import ReplacementPlan
 from romer.stages import plan
@@ -114,6 +127,12 @@ def simulated(job: Job, fitted: Fitted, p: Point, own: Deployment, tokens: int) 
     return trace, own.stretched(np.asarray(counts), shape.moe_layers, shape.experts)
 
 
+def cells_of(shape: ModelShape, sheet: ChipSheet, own: Deployment, plain: Deployment) -> float:
+    """Cells of a model of this shape, as a multiple of its plain layout's."""
+    digital = own.digital_mask(shape.moe_layers, shape.experts).sum()
+    return Work(shape, sheet, own).weights_stored(int(digital)) / Work(shape, sheet, plain).weights_stored(0)
+
+
 def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
     """One row per point and shape, with perplexity, cells, and everything that `Estimate` says."""
     model, tokenizer = job.load()
@@ -121,6 +140,7 @@ def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
     ids = job.ids(tokenizer, "evaluation", job.cfg.profile.costed.tokens)
     shape, name, rows = shape_of(model.config), job.cfg.model.name, []
     todo = wanted(job, model, fitted, workload)
+    plain = deployed(get("vanilla"), model, job.placement, fitted, {}, workload["lm_head"])
     for p, trace, value in evaluated(job, model, fitted, ids, list(todo)):
         method = get(p.method)
         own = deployed(method, model, job.placement, fitted, p.options, workload["lm_head"])
@@ -134,16 +154,17 @@ def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
             "selected": todo[p],
             "realisation": p.realisation,
             "perplexity": value,
-            "cells": cost(method, model, job.placement, fitted, p.options).cells,
         }
+        cells = cost(method, model, job.placement, fitted, p.options).cells
         found = estimate(shape, trace, sheet, own, workload["batch"])
-        rows.append(common | {"shape": "own", "routing": "recorded"} | found.row())
+        rows.append(common | {"cells": cells, "shape": "own", "routing": "recorded"} | found.row())
         published = SHAPES.get(name)
         if published is None or job.cfg.profile.source == "hub":
             continue
         if (pair := simulated(job, fitted, p, own, workload["tokens"])) is not None:
+            cells = cells_of(published, sheet, pair[1], plain)
             found = estimate(published, pair[0], sheet, pair[1], workload["batch"])
-            rows.append(common | {"shape": "checkpoint", "routing": "simulated"} | found.row())
+            rows.append(common | {"cells": cells, "shape": "checkpoint", "routing": "simulated"} | found.row())
     return pd.DataFrame(rows).sort_values(["shape", "method", "options", "realisation"]).reset_index(drop=True)
 
 

@@ -27,28 +27,38 @@ def summary(noisy: Profile, clean: Profile, realisation: int) -> pd.DataFrame:
 
 @application("profile")
 def main(job: Job, run: Run) -> None:
-    """Writes activation.safetensors (clean and noisy A and counts, [L, E]) and routing.csv (per layer and
-    realisation)."""
+    """Writes activation.safetensors (clean and noisy A and counts, [L, E], means over realisations, and A of the first)
+    and routing.csv (per layer and realisation)."""
     cfg, size = job.cfg, job.cfg.profile.profiling
     model, tokenizer = job.load()
     noise = job.noise()
     ids = job.ids(tokenizer, "calibration", size.tokens)
-    clean = profile(model, ids, cfg.profile.window, cfg.profile.batch)
-    rows, noisy = [], []
-    for r in range(size.realisations):
-        with program(model, noise, CALIBRATION_REALISATIONS + r, job.placement):
-            noisy.append(profile(model, ids, cfg.profile.window, cfg.profile.batch))
-        rows.append(summary(noisy[-1], clean, r))
-        job.say(f"realisation {r}: top-k overlap {noisy[-1].overlap(clean).mean():.3f}")
+    shape = (cfg.profile.window, cfg.profile.batch)
+    clean = profile(model, ids, *shape)
+
+    def measure(realisation: int) -> dict:
+        with program(model, noise, CALIBRATION_REALISATIONS + realisation, job.placement):
+            noisy = profile(model, ids, *shape)
+        routing = summary(noisy, clean, realisation)
+        job.say(f"realisation {realisation}: top-k overlap {routing.topk_overlap.mean():.3f}")
+        tensors = {"magnitude": noisy.magnitude.tolist(), "counts": noisy.counts.tolist()}
+        return tensors | {"topk_overlap": routing.topk_overlap.mean(), "routing": routing.to_dict("list")}
+
+    draws = range(size.realisations)
+    keys = job.point_keys([{"realisation": r} for r in draws], {"tokens": size.tokens})
+    noisy = [job.point(keys[r], f"realisation-{r}", lambda r=r: measure(r)) for r in draws]
+    magnitudes = torch.tensor([found["magnitude"] for found in noisy], dtype=torch.float64)
     tensors = {
         "clean_magnitude": clean.magnitude,
         "clean_counts": clean.counts,
-        "noisy_magnitude": torch.stack([p.magnitude for p in noisy]).mean(0),
-        "noisy_counts": torch.stack([p.counts for p in noisy]).double().mean(0),
+        "noisy_magnitude": magnitudes.mean(0),
+        "first_noisy_magnitude": magnitudes[0].clone(),
+        "noisy_counts": torch.tensor([found["counts"] for found in noisy], dtype=torch.float64).mean(0),
     }
-    table = pd.concat(rows)
+    table = pd.concat([pd.DataFrame(found["routing"]) for found in noisy])
     with job.write() as folder:
         job.write_coverage(model, folder)
         save_file(tensors, folder / "activation.safetensors")
         table.to_csv(folder / "routing.csv", index=False)
+    job.points.clear(keys)
     run.summary(table.drop(columns=["layer", "realisation"]).mean().to_dict())

@@ -24,6 +24,7 @@ from romer.report import (
     routing_tables,
     tables,
 )
+from romer.report.claims_hardware import N_COSTED
 from romer.stages.job import Job, application
 from romer.store import verify, write_atomic
 from romer.tracking import Run
@@ -75,14 +76,14 @@ def quality(job: Job) -> pd.DataFrame:
     return table
 
 
-def activations(job: Job) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
-    """(load of each expert: clean, noisy, romer; cold experts; title) at the profile's operating point for heatmaps."""
-    chosen = job.cfg.profile.heatmap
-    at = Path(chosen.chip) / chosen.model / str(chosen.temperature)
+def activations(job: Job, chip: str, model: str, temperature: int) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
+    """(load of each expert: clean, noisy, romer; cold experts; title) at an operating point. The noisy ones are of one
+    realisation, the same: a mean over several would smooth what is to be seen."""
+    at = Path(chip) / model / str(temperature)
     before = load_file(job.root / "profile" / at / "activation.safetensors")
     after = load_file(job.root / "plan" / at / "activation.safetensors")
-    loads = {name: before[f"{name}_magnitude"].numpy() for name in ("clean", "noisy")}
-    title = f"{chosen.model}, chip {chosen.chip}, {chosen.temperature} °C"
+    loads = {"clean": before["clean_magnitude"].numpy(), "noisy": before["first_noisy_magnitude"].numpy()}
+    title = f"{model}, chip {chip}, {temperature} °C, one realisation"
     return loads | {"romer": after["magnitude"].numpy()}, np.asarray(after["cold"]), title
 
 
@@ -101,14 +102,14 @@ class Calibrations:
 def calibrations(job: Job) -> Calibrations:
     """Reads them from the artifacts of calibrate, plan and profile."""
     size = job.cfg.profile
-    marked = [
+    calibrated = [
         *artifacts(job, "calibrate", size.chips),
         *artifacts(job, "calibrate", [size.costed.chip], size.costed.models),
         *artifacts(job, "calibrate", [size.benchmark.chip], size.benchmark.models),
         *artifacts(job, "calibrate", size.measured_chips, size.measured_models),
     ]
     fits, curves, layers, identified = [], [], [], []
-    for at, folder in marked:
+    for at, folder in dict(calibrated).items():  # one chip may serve several purposes
         found = json.loads((folder / "calibration.json").read_text())
         found |= {"adc_bits": (found.pop("adc") or {}).get("bits"), "notes": "; ".join(found["notes"])}
         found = {k: v for k, v in found.items() if v is not None and v != ""}
@@ -147,14 +148,17 @@ def best_shape(costs: pd.DataFrame) -> str:
 
 
 def overheads(costs: pd.DataFrame) -> pd.DataFrame | None:
-    """The costs of every method as fitted, one row a model, as the claims ledger takes them: of the paper's shapes
-    where they were costed."""
+    """The costs of every method, one row a model, as the claims ledger takes them: of the paper's shapes where they
+    were costed; romer at N_COSTED for all models where that was costed, else at the n that was fitted."""
     if costs.empty:
         return None
-    means = costs[(costs["shape"] == best_shape(costs)) & costs["selected"]].groupby(
-        ["model", "method"], as_index=False
-    )
-    found = means[["time_s", "power_w", "energy_j", "tile_mvms"]].mean()
+    rows = costs[costs["shape"] == best_shape(costs)].assign(n_replace=lambda r: r["options"].map(hardware.n_of))
+    same = rows[(rows["method"] == "romer") & (rows["n_replace"] == N_COSTED)]
+    own = rows[rows["selected"]]
+    if set(same["model"]) == set(rows["model"]):
+        own = pd.concat([own[own["method"] != "romer"], same])
+    means = own.groupby(["model", "method"], as_index=False)
+    found = means[["time_s", "power_w", "energy_j", "tile_mvms", "n_replace"]].mean()
     plain = found[found["method"] == "vanilla"].set_index("model")["tile_mvms"]
     found["extra_products"] = found["tile_mvms"] / found["model"].map(plain) - 1
     return found.rename(columns={"time_s": "latency_s"})
@@ -177,8 +181,10 @@ def write_tables(
     if len(compared := comparisons.comparisons(records)):
         tables.write(compared, folder, "comparisons", comparisons.caption(compared, text))
     if len(perturbed := routing_tables.perturbation(records)):
-        words = f"Figure 3, left (the paper's is of OLMoE and Qwen3): perplexity on {text}, a share of every token's"
-        words += " experts drawn at random."
+        words = (
+            f"Figure 3, left: perplexity on {text}, a share of every token's experts drawn at random; published: what"
+        )
+        words += " section 3.1 states, rounded, for the paper's checkpoints."
         tables.write(perturbed, folder, "fig3", words)
         words = f"ln(ppl / ppl clean) on {text}, by where the noise acts."
         tables.write(routing_tables.causes(records), folder, "fig3_causes", words)
@@ -189,7 +195,10 @@ def write_tables(
             "own": "the models",
         }
         words = f"Table 3. Cost on {costs['hardware'].iloc[0]}, batches of {costs['batch'].iloc[0]} tokens; shapes of"
-        words += f" {shapes[shape]}; overheads over vanilla in per cent; perplexity on {text} of {what}."
+        words += (
+            f" {shapes[shape]}; chip {costs['chip'].iloc[0]} at {costs['temperature_c'].iloc[0]:g} °C; overheads over"
+        )
+        words += f" vanilla in per cent; perplexity on {text} of {what}, with its 95 % interval over realisations."
         tables.write(hardware.table3(costs, published.load("table3"), shape), folder, "table3", words)
     words = "What methods cost: cells, products and ADC conversions as multiples of the plain layout; digital: share of"
     words += (
@@ -214,16 +223,22 @@ def write_tables(
 def write_figures(job: Job, folder: Path, records: pd.DataFrame, fitted: Calibrations, costs: pd.DataFrame) -> None:
     """Every figure, as png and svg."""
     figures.fig2_kl(fitted.curves, fitted.fits, fitted.layers, folder, "fig2")
-    loads, cold, title = activations(job)
+    at, probed = job.cfg.profile.heatmap, job.cfg.profile.probe
+    loads, cold, title = activations(job, at.chip, at.model, at.temperature)
     shown = {"clean": loads["clean"], "vanilla": loads["noisy"], "romer": loads["romer"]}
     figures.fig5_heatmaps(shown, cold, folder, "fig5", title)
     if len(perturbed := routing_tables.perturbation(records)):
+        loads, _, title = activations(job, probed.chip, probed.models[0], probed.temperature)
         routing_figures.fig3(perturbed, {c: loads[c] for c in ("clean", "noisy")}, folder, "fig3", title)
         routing_figures.fig3_causes(routing_tables.causes(records), folder)
     if len(joint := tables.table4_map(records, published.load("table4"))):
         routing_figures.map4(joint, folder, title="qwen3, chip table4: perplexity over n and λ")
     if len(costs):
-        hardware.front(costs, folder, "front", "own")
+        title = (
+            f"Shapes of the models themselves; chip {costs['chip'].iloc[0]} at {costs['temperature_c'].iloc[0]:g} °C"
+        )
+        title += f", means and ranges of {costs['realisation'].nunique()} realisations"
+        hardware.front(costs, folder, "front", "own", title)
 
 
 def marks(job: Job) -> pd.DataFrame:
@@ -244,10 +259,10 @@ def taken_back(job: Job) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def write_benchmarks(job: Job, records: pd.DataFrame, tables_folder: Path, figures_folder: Path) -> None:
     """Table 2 and figure 1, where the profile has them in its pipeline."""
-    at, what = job.cfg.profile.generate, job.cfg.profile.what
+    at, what, chip = job.cfg.profile.generate, job.cfg.profile.what, job.cfg.profile.benchmark.chip
     if len(records):
-        table = benchmarks.table2(records, published.load("table2"))
-        benchmarks.write_table2(table, tables_folder, benchmarks.caption2(records, f"models: {what}"))
+        table = benchmarks.table2(records, published.load("table2"), chip=chip)
+        benchmarks.write_table2(table, tables_folder, benchmarks.caption2(records, f"models: {what}", chip=chip))
     for (chip, model, celsius), folder in artifacts(job, "generate", [at.chip], at.models, [at.temperature]):
         rows = json.loads((folder / "continuations.json").read_text())
         words = f"Figure 1. Greedy continuations of {model}, clean, noisy and with ROMER, {chip} at {celsius:g} °C."
@@ -286,7 +301,9 @@ def main(job: Job, run: Run) -> None:
         write_benchmarks(job, scores, tables_folder, figures_folder)
         write_frontier(job, beside, prices, tables_folder, figures_folder)
     with job.write(job.root / "claims") as folder:
-        claims.write(ledger, folder, f"Models: {size.what}. Text: {text_name(job)}.")
+        tokens = " or ".join(map(str, sorted(set(records[records["metric"] == tables.METRIC]["tokens"]))))
+        about = f"Models: {size.what}. Text: {text_name(job)}, {tokens} predicted ones."
+        claims.write(ledger, folder, about)
     every = pd.concat([records, scores, beside], ignore_index=True)
     every = every.drop_duplicates(MEASUREMENT)  # probe and frontier measure some points alike
     buffer = io.BytesIO()

@@ -79,7 +79,7 @@ def points(chips, models):
 
 COSTED = points([PROFILE["costed"]["chip"]], PROFILE["costed"]["models"])
 MARKED = points([PROFILE["benchmark"]["chip"]], PROFILE["benchmark"]["models"])
-POINTS = points(PROFILE["chips"], PROFILE["models"]) + COSTED + MARKED
+POINTS = list(dict.fromkeys(points(PROFILE["chips"], PROFILE["models"]) + COSTED + MARKED))
 PROBED = [(PROFILE["probe"]["chip"], model, PROFILE["probe"]["temperature"]) for model in PROFILE["probe"]["models"]]
 DEFAULTS = yaml.safe_load(Path(workflow.basedir, "conf/config.yaml").read_text())
 CONTINUED = [
@@ -99,6 +99,11 @@ MODELS = [*PROFILE["reference_models"], *PROFILE["models"]]
 ONE_THREAD = " ".join(f"{library}_NUM_THREADS=1" for library in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR"))
 KEPT_HEAP = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592"
 shell.prefix(f"export {ONE_THREAD} {KEPT_HEAP} ROMER_TRACKING={config['tracking']}; ")
+
+
+def memory(wildcards):
+    """MB of a calibration: cells of a measured chip take more, conductances beside the weights."""
+    return PROFILE["mem_mb"] * 7 // 5 if wildcards.chip in PROFILE["measured_chips"] else PROFILE["mem_mb"]
 
 
 def share(wildcards):

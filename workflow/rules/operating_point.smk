@@ -15,7 +15,7 @@ rule calibrate:
         "../../environment.yml"
     threads: share
     resources:
-        mem_mb=PROFILE["mem_mb"],
+        mem_mb=memory,
         gpu=PROFILE["gpus"],
         runtime=120,
     params:
