@@ -6,9 +6,9 @@ PROFILE ?= standin
 CORES ?= 8
 PYTHON ?= python3
 
-# Rules and tests call `romer`, `snakemake` and friends by name. One BLAS thread a process: Snakemake runs CORES of them.
 # No more jobs side by side than fit nine tenths of the memory, by what their rules say that they need.
 MEMORY := $(shell awk '/MemTotal/ {print int($$2 * 0.9 / 1000)}' /proc/meminfo 2>/dev/null)
+# Rules and tests call `romer`, `snakemake` and friends by name. One BLAS thread a process: Snakemake runs CORES of them.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 

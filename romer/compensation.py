@@ -19,7 +19,7 @@ import torch
 
 from romer.errors import InputError
 from romer.moments import Moments, of
-from romer.noise import Conductance, Draws, NoiseModel
+from romer.noise import Conductance, Draws, NoiseModel, rescaled
 from romer.readback import as_read, estimate, read_sigma, unit
 
 LAZY = 6  # blocks whose effect on inputs far off is added up before it is applied: the same sums, less memory traffic
@@ -126,9 +126,7 @@ class Compensated:
         targets, one = torch.cat([self.latest[d].targets for d in draws]), (len(values) // arrays, values.shape[1])
         acts = noise.store(targets, _Columns(draws, one), full_range=top)
         if any(e.compensate for e in pairs):  # the mean decay, as `Conductance` takes it out of a whole array
-            for array, wanted in zip(acts.chunk(arrays), values.chunk(arrays), strict=True):
-                if (total := array.abs().sum()) > 0:
-                    array *= wanted.abs().sum() / total
+            acts = torch.cat([rescaled(a, t) for a, t in zip(acts.chunk(arrays), targets.chunk(arrays), strict=True)])
         return acts
 
     def _stands(self, written: NoiseModel, values: torch.Tensor, draws: Draws) -> bool:

@@ -53,9 +53,9 @@ def loads(model: nn.Module, fitted: Fitted) -> dict[str, torch.Tensor]:
 def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted, options: Mapping) -> Cost:
     """The cost of a method with complete options on the (clean) model.
 
-    A copied expert's second slot computes for every token that chose the expert, by the clean model's choices (which
-    eq. 8, `literal`, changes); the tokens of the experts that are overwritten go to others, so the routed products
-    otherwise stay as they are.
+    A copied expert's second slot computes for every token that chose the expert, by the choices that were profiled
+    without replacement (eq. 8, `literal`, changes them); the tokens of the experts that are overwritten go to others,
+    so the routed products otherwise stay as they are.
     """
     layout, (plan, _) = method.layout(model, fitted, options), method.routing(fitted, options)
     kept = {row.parameter for row in coverage(model, method.placement(placement)) if row.analog}

@@ -20,7 +20,7 @@ import torch
 from romer.corrections import Correction
 from romer.errors import InputError
 from romer.moments import Moments, of
-from romer.noise import Conductance, Draws, NoiseModel, check_sigma, slot_name
+from romer.noise import Conductance, Draws, NoiseModel, check_sigma, rescaled, slot_name
 
 
 class Encoding(Protocol):
@@ -133,6 +133,8 @@ class Sliced:
         for j in range(self.slices):
             digit = (code // base**j % base * sign).float()
             total += base**j * noise.store(digit, replace(draws, replica=j), full_range=float(base - 1))
+        if any(isinstance(e, Conductance) and e.compensate for e in noise.errors):  # as one array: few cells of the
+            total = rescaled(total, (code * sign).float())  # highest slices are on, and noise on the others is no decay
         return scale * (total if signed else total - half)
 
 

@@ -211,9 +211,13 @@ class Conductance:
         *targets, scale = self.pair(values, outputs, full_range)
         plus, minus = (self.cells(g, draws, kind) for g, kind in zip(targets, ("plus", "minus"), strict=True))
         read = (plus - minus) / scale
-        if self.compensate and full_range is None and (total := _absolute_sum(read)) > 0:
-            read = read * (_absolute_sum(values) / total)
-        return read
+        return rescaled(read, values) if self.compensate and full_range is None else read
+
+
+def rescaled(read: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What an array reads, multiplied by Σ|values| / Σ|read|: its mean decay taken out."""
+    total = _absolute_sum(read)
+    return read * (_absolute_sum(values) / total) if total > 0 else read
 
 
 def _absolute_sum(values: torch.Tensor) -> float:

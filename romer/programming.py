@@ -16,7 +16,7 @@ from torch import nn
 
 from romer.arrays import attach
 from romer.corrections import offset
-from romer.encoding import Layout, realise
+from romer.encoding import Layout, Remapped, realise
 from romer.errors import InputError
 from romer.noise import Draws, NoiseModel, slot_name
 from romer.placement import Placement, coverage
@@ -123,6 +123,14 @@ class Programmed:
 _PROGRAMMED: weakref.WeakKeyDictionary[nn.Module, Programmed] = weakref.WeakKeyDictionary()
 
 
+def check_converted(noise: NoiseModel, layout: Layout) -> None:
+    """Raises InputError where the noise model has an ADC and the layout several arrays a weight, or corrections: their
+    converted partial sums are not simulated."""
+    several = layout.encoding.products != 1 and not isinstance(layout.encoding, Remapped)
+    if noise.adc is not None and (several or layout.correction is not None):
+        raise InputError("program: slices, copies and corrections under an ADC are not simulated; use them without one")
+
+
 @contextmanager
 @torch.no_grad()
 def program(
@@ -141,8 +149,7 @@ def program(
     if model in _PROGRAMMED:
         raise InputError("program: the model is programmed already; leave the first context before entering a second")
     placement, layout = placement or Placement(), layout or Layout()
-    if noise.adc is not None and (layout.encoding.products >= 2 or layout.correction is not None):
-        raise InputError("program: slices, copies and corrections under an ADC are not simulated; use them without one")
+    check_converted(noise, layout)
     analog = {row.parameter for row in coverage(model, placement) if row.analog}
     clean = {name: p.detach().clone() for name, p in model.named_parameters() if name in analog}
     _PROGRAMMED[model] = array = Programmed(noise, realisation, clean, layout)

@@ -115,7 +115,8 @@ def recovered_fraction(clean: ArrayLike, vanilla: ArrayLike, method: ArrayLike) 
 def recovered_interval(
     clean: float, vanilla: ArrayLike, method: ArrayLike, confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[float, float, float]:
-    """`recovered_fraction` of the mean losses over realisations, with its percentile bootstrap interval over pairs.
+    """`recovered_fraction` of the mean losses over realisations, with its percentile bootstrap interval over pairs
+    (those resamples in which the noise does harm: nearly all, see below).
 
     vanilla, method: perplexities [n], a pair per realisation. A ratio of means: the mean of ratios would be ruled by
     the realisations that did next to no harm. (NaN, NaN, NaN) where the interval of the mean harm reaches 0, so that

@@ -142,6 +142,7 @@ def test_a_user_brings_files_of_every_level():
         (CHIPS["file"], "olmoe", 25, "chip file: nothing is given"),
         ({"name": "x", "cell": "a.csv"}, "olmoe", 25, "chip x: unknown setting 'cell'"),
         ({"name": "x", "cells": "rram_a", "pcm": {}}, "olmoe", 25, "one kind of cells at most"),
+        (CHIPS["pcm"] | {"drift": {"seconds": 3600}}, "olmoe", 25, "chip pcm: found drift beside pcm"),
         ({"name": "x", "cells": "no/such.csv"}, "olmoe", 25, "no/such.csv: no such file"),
         ({"name": "x", "cells": {"table": "rram_a", "g_max_us": 300}}, "olmoe", 25, "column 'g_us': found"),
         ({"name": "x", "cells": {"table": "rram_a", "gmax": 300}}, "olmoe", 25, "cells: unknown setting 'gmax'"),

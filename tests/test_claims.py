@@ -97,6 +97,10 @@ def test_a_ledger_without_measurements_decides_what_the_paper_alone_decides(prin
         ("n6-at-65", DOES_NOT_HOLD, 24.87, 15.57),
         ("n4-to-6-recovers-table4", HOLDS, None, math.log(24.87 / 14.64) / math.log(24.87 / 10.83)),
         ("n16-worse-table4", IN_PART, 4, 3),
+        ("n8-degrades-table4", DOES_NOT_HOLD, 8, 3),
+        ("five-temperatures-table4", DOES_NOT_HOLD, 5, 4),
+        ("slicing-and-averaging-fail-table2", DOES_NOT_HOLD, 10, 0),
+        ("figure3-noise-is-the-tables", DOES_NOT_HOLD, 1, math.log(58 / 12) / math.log(35.3 / 10.48)),
         ("lambda-04-lowest-table4", HOLDS, 4, 4),
         ("lambda-02-and-1-degrade-table4", IN_PART, 8, 5),
         ("lambda-range", DOES_NOT_HOLD, 5, 2),
@@ -281,7 +285,7 @@ def layers(variance, early, load, entropy=0.95):
     rows = []
     for r in range(DRAWS):
         for layer in range(6):
-            row = dict(chip="figure3", model="olmoe", temperature_c=85.0, layer=layer, realisation=r)
+            row = dict(chip="table3", model="olmoe", temperature_c=85.0, layer=layer, realisation=r)
             row |= dict(logit_variance_ratio=(early if layer < 2 else variance) + 0.001 * r, topk_overlap=0.9)
             row |= dict(load_max_over_mean_clean=1.5, load_max_over_mean=load + 0.001 * r)
             rows.append(row | dict(load_entropy_clean=0.98, load_entropy=entropy))

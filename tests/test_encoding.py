@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from romer import methods
+from romer.chips.pcm import Pcm
 from romer.cost import TILE_ROWS, cost
 from romer.encoding import PLAIN, Layout, Plain, Remapped, Replicated, Sliced, realise
 from romer.errors import InputError
@@ -113,6 +114,17 @@ def test_rescaling_columns_does_nothing_under_eq_2_and_something_under_conductan
     )
 
 
+@pytest.mark.parametrize("encoding", ALL[:4], ids=repr)
+def test_the_mean_drift_is_taken_out_of_every_layout(encoding):
+    """An hour takes more than a tenth of what was written; a factor against the exact weights gives it back."""
+    cells = Pcm(3600.0)
+    drifted, mended = (
+        acts(encoding, noise=NoiseModel(errors=(Conductance(cells, 0.0, 25.0, compensate=c),))) for c in (False, True)
+    )
+    gain = [((w * WEIGHT).sum() / WEIGHT.double().square().sum()).item() for w in (drifted, mended)]
+    assert gain[0] < 0.9 and gain[1] == pytest.approx(1, abs=0.03)
+
+
 @pytest.mark.parametrize("encoding", ALL, ids=repr)
 def test_every_expert_slot_is_an_array_of_its_own(encoding):
     whole = acts(encoding, EXPERTS)
@@ -184,7 +196,8 @@ def test_costs_follow_from_the_layout(olmoe):
     for name, options, times in (("average", {"copies": 3}, 3), ("bit_slicing", {"bits": 8, "bits_per_cell": 2}, 4)):
         found = costs(olmoe, name, **options)
         assert (found.cells, found.products, found.conversions) == pytest.approx((times,) * 3)
-    assert costs(olmoe, "weight_remapping", spare=0.2).cells == pytest.approx(1.2)
+    spare = costs(olmoe, "weight_remapping", spare=0.2)
+    assert (spare.cells, spare.products, spare.conversions) == pytest.approx((1.2,) * 3)
     rows = {row.kind: 0 for row in coverage(olmoe, Placement())}
     for row in coverage(olmoe, Placement()):
         rows[row.kind] += row.count * row.analog

@@ -39,7 +39,7 @@ DEPLOYMENTS = {
     "plain": Deployment(),
     "two copies": Deployment(cells=2.0, products=2.0),
     "digital experts": Deployment(analog=frozenset(KINDS) - {"attention", "lm_head"}, digital_experts=PARTLY),
-    "paths": Deployment(corrected=True, side=0.02),
+    "paths": Deployment(corrected=0, side=0.02),
     "all digital": Deployment(analog=frozenset(), calibrated=True),
 }
 
@@ -194,10 +194,16 @@ def test_cost_grows_with_copies(sheet, trace):
     assert found[3].adc_j == pytest.approx(8 * found[0].adc_j)
 
 
-def test_spare_cells_store_and_do_not_compute(sheet, trace):
-    plain, spare = (estimate(SMALL, trace, sheet, Deployment(cells=c)) for c in (1.0, 1.05))
+def test_spare_cells_are_stored_and_read(sheet, trace):
+    plain, spare = (estimate(SMALL, trace, sheet, Deployment(cells=c, products=c)) for c in (1.0, 1.05))
     assert spare.tiles_stored == int(np.ceil(plain.tiles_stored * 1.05))
-    assert spare.tile_mvms == plain.tile_mvms and spare.mvm_j == plain.mvm_j
+    assert spare.tile_mvms == pytest.approx(1.05 * plain.tile_mvms) and spare.mvm_j == pytest.approx(1.05 * plain.mvm_j)
+
+
+def test_what_memory_has_to_fetch_bounds_the_time(sheet, trace):
+    slow = replace(sheet, dram_bandwidth_gb_per_s=1e-3)
+    found = estimate(SMALL, trace, slow, DEPLOYMENTS["all digital"], 16)
+    assert 0.99 * found.time_s < found.bottleneck_s <= found.time_s
 
 
 def test_digital_experts_move_products_from_tiles_to_multipliers(sheet, trace):

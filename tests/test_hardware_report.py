@@ -7,6 +7,7 @@ import pytest
 from romer import InputError, published
 from romer.report.hardware import front, pareto, table3
 from romer.report.tables import write
+from romer.stages.report import overheads
 
 
 @pytest.fixture
@@ -55,8 +56,18 @@ def test_the_front_has_what_nothing_beats():
 
 
 def test_the_figure_is_written_twice_the_same(costs, tmp_path):
-    first = [path.read_bytes() for path in front(costs, tmp_path, "front")]
-    assert [path.read_bytes() for path in front(costs, tmp_path, "front")] == first
+    first = [path.read_bytes() for path in front(costs, tmp_path, "front", title="table3 at 85 °C")]
+    assert [path.read_bytes() for path in front(costs, tmp_path, "front", title="table3 at 85 °C")] == first
+    assert first != [path.read_bytes() for path in front(costs, tmp_path, "other", title="table3 at 25 °C")]
+
+
+def test_overheads_of_the_ledger_are_at_one_n_where_all_models_have_it(costs):
+    with_chosen = costs.assign(selected=costs["method"].eq("vanilla") | costs["options"].str.contains("8"))
+    assert overheads(with_chosen).set_index("method").at["romer", "n_replace"] == 4
+    other = with_chosen[~costs["options"].str.contains("4")].assign(model="qwen3")
+    found = overheads(pd.concat([with_chosen, other])).set_index(["model", "method"])
+    assert found.loc[("olmoe", "romer"), "n_replace"] == found.loc[("qwen3", "romer"), "n_replace"] == 8
+    assert found.loc[("olmoe", "romer"), "extra_products"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

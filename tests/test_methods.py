@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from romer import methods
+from romer.adc import Adc, Converter
 from romer.errors import InputError
 from romer.evaluate.perplexity import perplexity
 from romer.evaluate.sweep import CLEAN, Point, points, sweep
@@ -164,6 +166,16 @@ def test_a_value_that_is_not_finite_stops_and_names_the_point(olmoe, ids, bits):
     with pytest.raises(InputError, match="point .*'romer'.*'realisation': 3.*: perplexity is nan"):
         list(sweep(olmoe, todo, FITTED, NOISE, PLACEMENT, measure))
     assert bits(olmoe) == before
+
+
+def test_what_an_adc_rules_out_is_refused_before_anything_is_measured(olmoe):
+    def measure():
+        raise AssertionError("measured")
+
+    converted = replace(NOISE, adc=Converter(Adc(8), {}))
+    todo = points(FITTED, [("clean", {}), ("vanilla", {}), ("weight_remapping", {"spare": 1.0}), ("average", {})], [0])
+    with pytest.raises(InputError, match="method average: .*copies.* under an ADC are not simulated"):
+        list(sweep(olmoe, todo, FITTED, converted, PLACEMENT, measure))
 
 
 def test_a_sweep_that_is_left_early_restores_the_model(olmoe, bits):

@@ -64,6 +64,9 @@ def test_contract_of_the_output(results):
         assert all((results / "figures" / f"{name}.{kind}").stat().st_size for kind in ("png", "svg"))
     for kind in ("html", "md"):
         assert "The capital of France is" in (results / "figures" / f"fig1.{kind}").read_text()
+    choice = json.loads((results / "frontier/table1/olmoe/80/choice.json").read_text())
+    tried = {json.dumps({k: json.loads(o)[k] for k in choice}) for o in records[records.task == "ppl:choice"].options}
+    assert len(tried) == 8 and json.dumps(choice) in tried
     ledger = pd.read_csv(results / "claims" / "claims.csv")
     assert len(ledger) >= 20 and (ledger.basis == "measured").any() and (results / "claims" / "claims.html").exists()
     assert len(list((results / "wandb").glob("offline-run-*"))) >= len(records)

@@ -1,7 +1,13 @@
 """Activation profiling, eq. 6, against a loop over tokens; and the bounds of its summaries."""
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +18,8 @@ from romer.programming import program
 from romer.replacement import ReplacementPlan
 from romer.routers import moe_layers
 from romer.routing import RouterCalibration, apply
+from romer.store import verify
+from tests.test_cli import romer
 
 
 def router_inputs(model, ids, window: int) -> list[torch.Tensor]:
@@ -126,3 +134,29 @@ def test_a_text_without_a_whole_window_is_refused(olmoe, ids):
     with pytest.raises(InputError, match="window: found 300 for a text of 256 tokens"):
         profile(olmoe, ids, window=300)
     assert not any(block.gate._forward_hooks for _, block in moe_layers(olmoe))
+
+
+def test_a_killed_profile_repeats_no_finished_realisation(smoke_results, tmp_path):
+    """What it needs is copied: other tests read the run's own profile."""
+    for name in ("text", "standin/olmoe", "calibrate/table1/olmoe/80"):
+        shutil.copytree(smoke_results / "smoke" / name, tmp_path / "smoke" / name, symlinks=True)
+    choices = ["profile=smoke", f"results={tmp_path}", "tracking=disabled", "model=olmoe", "temperature=80"]
+    choices += ["profile.profiling.realisations=60"]
+    points = tmp_path / "smoke/points/profile/table1-olmoe-80"
+    command = [sys.executable, "-m", "romer.cli", "profile", *choices]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(points.glob("*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = len(list(points.glob("*.json")))
+    assert 3 <= done < 60 and not (tmp_path / "smoke/profile").exists()
+    again = romer("profile", *choices)
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout + again.stderr).count(": top-k overlap") == 60 - done and not points.exists()
+    folder = verify(tmp_path / "smoke/profile/table1/olmoe/80").path
+    table = pd.read_csv(folder / "routing.csv")
+    assert sorted(set(table["realisation"])) == list(range(60))
+    usual = pd.read_csv(smoke_results / "smoke/profile/table1/olmoe/80/routing.csv")
+    pd.testing.assert_frame_equal(table[table["realisation"] < 2], usual, check_exact=True)

@@ -18,8 +18,6 @@ CELLS = [  # as printed in the paper: clean, vanilla
     ("table3", "olmoe", 85, 10.48, 35.3),
     ("table4", "qwen3", 25, 10.83, 11.61),
     ("table4", "qwen3", 85, 10.83, 24.87),
-    ("figure3", "olmoe", 85, 12, 58),
-    ("figure3", "qwen3", 85, 11, 32),
 ]
 
 

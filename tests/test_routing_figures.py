@@ -91,8 +91,9 @@ def test_perturbation_is_perplexity_by_share_and_method():
 
 
 def test_what_section_3_1_states_stands_beside_the_selection_that_is_left_alone():
-    assert perturbation(PROBES)["published"].isna().all()  # measured at another noise than figure 3's
-    table = perturbation(PROBES.assign(chip="figure3", model=PROBES["model"].replace("deepseek", "olmoe")))
+    table = perturbation(PROBES)
+    assert table[table["model"] == "deepseek"]["published"].isna().all()
+    table = perturbation(PROBES.assign(model=PROBES["model"].replace("deepseek", "olmoe")))
     stated = table[table["perturbed"] == 0].set_index(["model", "method"])["published"]
     assert (
         stated["olmoe", "clean"] == 12 and stated["qwen3", "vanilla"] == 32 and stated["qwen3", "kb_calibration"] == 27

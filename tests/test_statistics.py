@@ -147,5 +147,9 @@ def test_there_is_no_share_of_a_loss_that_may_be_none():
     assert np.isnan(recovered_interval(10, harmless, harmless)).all()
     assert np.isnan(recovered_interval(10, [9.0], [9.5])).all()
     assert recovered_interval(10, [20.0], [10.0])[0] == 1
+    one_below = 10 * np.exp([0.3, 0.3, 0.3, 0.3, -0.1])  # the mean harm's interval stays above zero
+    assert recovered_interval(10, one_below, [10.0] * 5)[0] == pytest.approx(1)
+    unsure = 10 * np.exp([0.3, -0.2])  # raised on average, and maybe not at all
+    assert np.isnan(recovered_interval(10, unsure, unsure)).all()
     with pytest.raises(InputError, match="a pair per realisation"):
         recovered_interval(10, [20.0, 21.0], [10.0])

@@ -123,6 +123,8 @@ def build(section: Mapping, model: str, temperature_c: float) -> Chip:
         raise InputError(f"chip {name}: nothing is given, expected one of {', '.join(LEVELS)}")
     if len(given.keys() & {"published", "end_to_end"}) == 2 or len(given.keys() & {"cells", "pcm"}) == 2:
         raise InputError(f"chip {name}: found {', '.join(given)}, expected one target and one kind of cells at most")
+    if "pcm" in given and "drift" in given:
+        raise InputError(f"chip {name}: found drift beside pcm, whose cells drift by themselves; expected one of them")
     notes: list[str] = []
     adc = _settings(name, "adc", given["adc"], ADC) if "adc" in given else None
     errors: list[Error] = []

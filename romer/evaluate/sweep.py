@@ -18,7 +18,7 @@ from romer import methods
 from romer.errors import InputError
 from romer.noise import NoiseModel
 from romer.placement import Placement
-from romer.programming import program
+from romer.programming import check_converted, program
 from romer.routing import apply
 
 CLEAN = -1  # the realisation of a point without noise
@@ -66,6 +66,11 @@ def sweep(
     for point in sorted(todo, key=lambda p: p.realisation):
         method = methods.get(point.method)
         how = (method.placement(placement), method.layout(model, fitted, point.options)) if method.noisy else ()
+        if how:
+            try:
+                check_converted(noise, how[1])  # before anything is measured
+            except InputError as error:
+                raise InputError(f"method {point.method}: {error}") from None
         groups.setdefault((point.realisation, *how), []).append(point)
     for (realisation, *how), group in groups.items():
         with program(model, noise, realisation, *how) if how else nullcontext():

@@ -25,7 +25,8 @@ class Deployment:
     """analog: kinds of weights on tiles (`romer.hardware.tiles.KINDS`); cells, products: arrays that hold a matrix,
     and arrays that its product activates, as multiples of the plain layout (`romer.encoding`); digital_experts: per
     MoE layer the slots whose experts stay digital, () for none; calibrated: whether routers compress their logits;
-    corrected: whether every output of a tile is scaled and shifted digitally; side: digital multiply-accumulates of
+    corrected: the least inputs of a matrix whose outputs are scaled and shifted digitally (never lm_head's), None where
+    none are; side: digital multiply-accumulates of
     paths beside the tiles, per weight of a product, with numbers that are read from a buffer at every use.
     """
 
@@ -34,7 +35,7 @@ class Deployment:
     products: float = 1.0
     digital_experts: tuple[frozenset[int], ...] = ()
     calibrated: bool = False
-    corrected: bool = False
+    corrected: int | None = None
     side: float = 0.0
 
     def __post_init__(self):
@@ -101,6 +102,6 @@ def deployed(
         float(layout.encoding.products),
         tuple(map(frozenset, slots)) if any(slots) else (),
         calibration is not None and calibration.strength > 0,
-        any(isinstance(link, Affine) for link in links),
+        min((link.least_inputs for link in links if isinstance(link, Affine)), default=None),
         sum(share(link, model, own) for link in links if isinstance(link, LowRank)),
     )

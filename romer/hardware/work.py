@@ -105,9 +105,12 @@ class Work:
         """Behind the tiles of one use: sums of partial results (row tiles and arrays of an encoding), corrections."""
         if kind not in self.parts or not self.analog(kind):
             return 0
-        extra = CORRECTION_OPS if self.deployment.corrected else 0
+        least = math.inf if self.deployment.corrected is None or kind == "lm_head" else self.deployment.corrected
         rows, products = self.sheet.weight_rows, self.deployment.products
-        return sum(out * (math.ceil(inp / rows) * products - 1 + extra) for out, inp in self.parts[kind].flat)
+        return sum(
+            out * (math.ceil(inp / rows) * products - 1 + CORRECTION_OPS * (inp >= least))
+            for out, inp in self.parts[kind].flat
+        )
 
     # Times.
 

@@ -1,17 +1,19 @@
-"""Compensated programming, low-rank paths on what it leaves and, where calibration text says so, a scale and offset of
-each output and the paper's replacement: cells as the plain layout has, a small digital share, nothing trained."""
+"""Low-rank paths on what compensated programming leaves (`block` 0: on plain arrays) and, where calibration text says
+so, a scale and offset of each output and the paper's replacement: cells as the plain layout has, a small digital share,
+nothing trained."""
 
 from collections.abc import Mapping
 
 from torch import nn
 
-from romer.encoding import Layout
+from romer.encoding import PLAIN, Layout
 from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, register, romer_replacement
 
 
 def layout(model: nn.Module, fitted: Fitted, o: Mapping) -> Layout:
     """Every block is read back while it is programmed, and the finished array once more."""
-    return low_rank.layout(model, fitted, o, compensated_programming.encoding(fitted, o), o["affine"])
+    encoding = compensated_programming.encoding(fitted, o) if o["block"] else PLAIN
+    return low_rank.layout(model, fitted, o, encoding, o["affine"])
 
 
 def routing(fitted: Fitted, o: Mapping) -> Routing:

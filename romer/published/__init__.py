@@ -4,7 +4,7 @@
     kl_target("table1", "olmoe", 80)        # ln(13.13 / 10.48) nats per token
     temperatures("table4", "qwen3")         # (25.0, 45.0, 65.0, 85.0)
 
-The tables, and figure 3, disagree about the noise at one temperature by up to ten times, so each is a chip of its own.
+The tables disagree about the noise at one temperature by up to ten times, so each is a chip of its own.
 """
 
 import math
@@ -14,10 +14,7 @@ import pandas as pd
 
 from romer.errors import InputError
 
-TABLES = ("table1", "table2", "table3", "table4", "figure3")
-FIGURE3_C = (
-    85.0  # under which figure 3's noise is filed: the paper prints no temperature, table 3's noise comes nearest
-)
+TABLES = ("table1", "table2", "table3", "table4")
 
 
 def load(table: str) -> pd.DataFrame:
@@ -28,8 +25,8 @@ def load(table: str) -> pd.DataFrame:
     temperature, so that column is text. figure3: the rounded perplexities that section 3.1 states for figure 3, left:
     clean, noisy, with naive compensation. Raises InputError for an unknown table.
     """
-    if table not in TABLES:
-        raise InputError(f"published table {table!r} does not exist, expected one of {', '.join(TABLES)}")
+    if table not in (known := (*TABLES, "figure3")):
+        raise InputError(f"published table {table!r} does not exist, expected one of {', '.join(known)}")
     with (files(__name__) / f"{table}.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file)
 
@@ -47,8 +44,6 @@ def _baselines(table: str) -> dict[str, dict[float, tuple[float, float]]]:
             }
             for model, column in by_model.items()
         }
-    if table == "figure3":
-        return {r.model: {FIGURE3_C: (float(r.clean_ppl), float(r.noisy_ppl))} for r in rows.itertuples()}
     if table == "table3":
         clean = load("table1").query("method == 'clean'").iloc[0]
         return {r.model: {float(r.temperature): (float(clean[r.model]), float(r.ppl_noisy))} for r in rows.itertuples()}

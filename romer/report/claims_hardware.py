@@ -16,7 +16,7 @@ COLUMNS = ("model", "method", "latency_s", "power_w", "energy_j", "extra_product
 MODELS = ("deepseek", "qwen15", "qwen3", "olmoe")
 CHEAP = ("deepseek", "qwen15", "olmoe")  # those of which the text says a single-digit percentage
 SINGLE_DIGIT = 10.0  # per cent
-N_COSTED = 4  # of the paper's four to six; its overheads are near n/E for this one
+N_COSTED = 4  # of the paper's four to six; but for Qwen3's, its overheads are near n/E for this one
 
 hardware = Statements("measured")
 

@@ -146,8 +146,7 @@ def front(
                     panel.annotate(
                         f"{n:g}", (point.uj, point.perplexity), xytext=(4, 3), fontsize=7, textcoords="offset points"
                     )
-            title = f"{model} on {rows['hardware'].iloc[0]}"
-            panel.set(title=title, xlabel="energy per token (µJ)", xscale="log")
+            panel.set(title=f"{model} on {rows['hardware'].iloc[0]}", xlabel="energy per token (µJ)", xscale="log")
             log_ticks(panel.xaxis)
             panel.grid(alpha=0.25, lw=0.5)
         panels[0].set_ylabel("token perplexity")

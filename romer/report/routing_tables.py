@@ -53,7 +53,7 @@ def perturbation(records: pd.DataFrame) -> pd.DataFrame:
 
     Rows of ppl:perturbed are used. Returns one row per (model, perturbed, method): model, chip, temperature_c,
     perturbed, method (clean | vanilla | kb_calibration), mean, low, high, realisations (0: nothing was drawn), tokens,
-    published (of an unperturbed selection on chip figure3: what section 3.1 states, rounded).
+    published (of an unperturbed selection: what section 3.1 states, rounded, under its own noise).
     Raises InputError for a model at several operating points, or rows that cannot share a cell.
     """
     rows = _probed(records, "ppl:perturbed")
@@ -70,7 +70,7 @@ def perturbation(records: pd.DataFrame) -> pd.DataFrame:
                     cell = measured(chosen, chosen.head(0), chosen.head(0), f"{model}, {method}, perturbed {share:g}")
                     line = {"model": model, "chip": chip, "temperature_c": float(t), "perturbed": float(share)}
                     line |= {key: cell[key] for key in ("mean", "low", "high", "realisations", "tokens")}
-                    stated = chip == "figure3" and not share
+                    stated = model in printed.index and not share
                     line["published"] = float(printed.at[model, PRINTED[method]]) if stated else np.nan
                     table.append(line | {"method": method})
     columns = "model chip temperature_c perturbed method mean low high realisations tokens published".split()

@@ -263,8 +263,8 @@ def caption(records: pd.DataFrame, title: str, chip: str, text: str, checkpoint:
     return (
         f"{title} Token perplexity on {text}, {_span(rows['tokens'])} tokens; {checkpoint}. {_span(draws)} realisations"
         f" of the noise; brackets: {100 * CONFIDENCE:g} % percentile bootstrap interval of the mean over realisations"
-        f" ({RESAMPLES} resamples). Recovered: share of ln(ppl vanilla / ppl clean) undone, within each realisation,"
-        " empty where the noise did not raise perplexity in every one. Empty: not measured, or not in the paper."
+        f" ({RESAMPLES} resamples). Recovered: share of the mean ln(ppl vanilla / ppl clean) undone, empty where the"
+        " interval of that mean reaches zero. Empty: not measured, or not in the paper."
     )
 
 

@@ -133,9 +133,11 @@ def listed(job: Job, bench: Bench, noise: NoiseModel, routing: Routing) -> list[
 
 
 def choose(job: Job, model, fitted: Fitted, noise: NoiseModel, measure) -> tuple[dict, pd.DataFrame, list[dict]]:
-    """(options of romer_plus, every candidate's records, their points' keys), by calibration text alone."""
-    size = job.cfg.profile.frontier.choice
-    candidates = [{"affine": a, "n_replace": n} for a, n in product((False, True), (0, fitted.n_replace))]
+    """(options of romer_plus, every candidate's records, their points' keys), by calibration text alone: with and
+    without compensated programming, the affine step and the paper's replacement."""
+    size, block = job.cfg.profile.frontier.choice, get(PLUS).options(fitted, {})["block"]
+    every = product((block, 0), (False, True), (0, fitted.n_replace))
+    candidates = [dict(zip(("block", "affine", "n_replace"), values, strict=True)) for values in every]
     bench, seeds = Bench(model, fitted, {}), range(size.realisations)
     probes = [
         bench.probe("ppl:choice", PLUS, CALIBRATION_REALISATIONS + 1 + r, noise, given)
@@ -183,7 +185,10 @@ def main(job: Job, run: Run) -> None:
     if noise.adc is not None:
         raise InputError("frontier: noise.adc is set; corrections are only simulated without an ADC")
     read = partial(perplexity, model, window=cfg.profile.window, batch=cfg.profile.batch)
-    text = job.ids(tokenizer, "calibration", size.choice.tokens)
+    fitted_on = (
+        cfg.profile.fit.tokens
+    )  # what moments and gradients are of: candidates are compared on the text behind it
+    text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
     chosen, tried, done = choose(job, model, fitted, noise, partial(read, text))
     job.say(f"chosen on calibration text: {chosen}")
     ids = job.ids(tokenizer, "evaluation", size.tokens)

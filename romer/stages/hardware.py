@@ -159,7 +159,7 @@ def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
         found = estimate(shape, trace, sheet, own, workload["batch"])
         rows.append(common | {"cells": cells, "shape": "own", "routing": "recorded"} | found.row())
         published = SHAPES.get(name)
-        if published is None or job.cfg.profile.source == "hub":
+        if published is None or job.source.kind == "hub":
             continue
         if (pair := simulated(job, fitted, p, own, workload["tokens"])) is not None:
             cells = cells_of(published, sheet, pair[1], plain)

@@ -122,7 +122,9 @@ def calibrations(job: Job) -> Calibrations:
         for at, folder in artifacts(job, "plan", size.chips)
         for plan in [json.loads((folder / "plan.json").read_text())]
     ]
-    routing = [placed(pd.read_csv(folder / "routing.csv"), at) for at, folder in artifacts(job, "profile", size.chips)]
+    probed = artifacts(job, "profile", [size.probe.chip], size.probe.models, [size.probe.temperature])
+    profiled = dict(artifacts(job, "profile", size.chips) + probed)
+    routing = [placed(pd.read_csv(folder / "routing.csv"), at) for at, folder in profiled.items()]
     fits = pd.concat(fits).merge(pd.concat(chosen), how="left", on=["chip", "model", "temperature_c"])
     rest = (pd.concat(parts, ignore_index=True) for parts in (curves, layers, identified, routing))
     return Calibrations(fits, *rest)
@@ -184,7 +186,9 @@ def write_tables(
         words = (
             f"Figure 3, left: perplexity on {text}, a share of every token's experts drawn at random; published: what"
         )
-        words += " section 3.1 states, rounded, for the paper's checkpoints."
+        words += (
+            " section 3.1 states, rounded, for the paper's checkpoints, under more noise than any of its tables has."
+        )
         tables.write(perturbed, folder, "fig3", words)
         words = f"ln(ppl / ppl clean) on {text}, by where the noise acts."
         tables.write(routing_tables.causes(records), folder, "fig3_causes", words)

@@ -79,8 +79,8 @@ def points(chips, models):
 
 COSTED = points([PROFILE["costed"]["chip"]], PROFILE["costed"]["models"])
 MARKED = points([PROFILE["benchmark"]["chip"]], PROFILE["benchmark"]["models"])
-POINTS = list(dict.fromkeys(points(PROFILE["chips"], PROFILE["models"]) + COSTED + MARKED))
 PROBED = [(PROFILE["probe"]["chip"], model, PROFILE["probe"]["temperature"]) for model in PROFILE["probe"]["models"]]
+POINTS = list(dict.fromkeys(points(PROFILE["chips"], PROFILE["models"]) + COSTED + MARKED + PROBED))
 DEFAULTS = yaml.safe_load(Path(workflow.basedir, "conf/config.yaml").read_text())
 CONTINUED = [
     (PROFILE["generate"]["chip"], m, PROFILE["generate"]["temperature"]) for m in PROFILE["generate"]["models"]
