@@ -52,10 +52,19 @@ def mean_interval(
     values = np.sort(_finite(values, "values"))
     if values.size < 2:
         return float(values.mean()), float("nan"), float("nan")
-    picks = np.random.default_rng(seed).integers(0, values.size, size=(resamples, values.size))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values[picks].mean(axis=1), (tail, 1 - tail))
+    low, high = np.quantile(_resampled(values, seed, resamples), _tails(confidence))
     return float(values.mean()), float(low), float(high)
+
+
+def _resampled(values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+    """Means [resamples, ...] of bootstrap resamples of the rows of `values` [n, ...]."""
+    picks = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    return values[picks].mean(axis=1)
+
+
+def _tails(confidence: float) -> tuple[float, float]:
+    """The quantiles that leave out the same share at both ends."""
+    return (1 - confidence) / 2, 1 - (1 - confidence) / 2
 
 
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE, seed: int = 0) -> Paired:
@@ -134,8 +143,7 @@ def recovered_interval(
         return float("nan"), float("nan"), float("nan")
     if harm.size < 2:
         return float(gain.mean() / mean), float("nan"), float("nan")
-    picks = np.random.default_rng(seed).integers(0, harm.size, size=(RESAMPLES, harm.size))
-    harms, gains = harm[picks].mean(axis=1), gain[picks].mean(axis=1)
-    tail, real = (1 - confidence) / 2, harms > 0
-    low, high = np.quantile(gains[real] / harms[real], (tail, 1 - tail))
+    harms, gains = _resampled(harm, seed), _resampled(gain, seed)  # the same picks: pairs stay together
+    real = harms > 0
+    low, high = np.quantile(gains[real] / harms[real], _tails(confidence))
     return float(gain.mean() / mean), float(low), float(high)

@@ -25,6 +25,7 @@ OTHER_PARTS = ("attention", "dense mlp", "shared expert", "routed expert")
 DOUBLED, TRIPLED = (1.5, 2.5), (2.5, 3.5)  # our reading of "nearly doubles" and "up to 3 times"
 EARLY = 1 / 3  # of the layers
 FIGURE3 = Point("table3", "olmoe", 85.0)  # the model whose loads figure 3 shows, at the table's noise nearest to it
+AT_FIGURE3 = f"{FIGURE3.label}, at table 3's noise"
 HALF_DORMANT = 1 - math.log(2) / math.log(64)  # load entropy of 64 experts cannot exceed it when half have no load
 
 routing = Statements("measured")
@@ -64,9 +65,7 @@ def logit_variance_doubles(evidence: Evidence, layers: pd.DataFrame | None) -> F
     if rows is None:
         return NOT_MEASURED
     draws = rows.groupby("realisation")["logit_variance_ratio"].mean()
-    reason = (
-        f"{FIGURE3.label}, at table 3's noise; read as {DOUBLED[0]} to {DOUBLED[1]}; the paper does not print its own"
-    )
+    reason = f"{AT_FIGURE3}; read as {DOUBLED[0]} to {DOUBLED[1]}; the paper does not print its own"
     return _within(draws, DOUBLED, 2.0, reason)
 
 
@@ -82,7 +81,7 @@ def early_layers_triple(evidence: Evidence, layers: pd.DataFrame | None) -> Find
         return NOT_MEASURED
     early = rows[rows["layer"] < max(1, round(EARLY * rows["layer"].nunique()))]
     draws = early.groupby("realisation")["logit_variance_ratio"].max()
-    return _within(draws, TRIPLED, 3.0, f"{FIGURE3.label}, at table 3's noise; read as {TRIPLED[0]} to {TRIPLED[1]}")
+    return _within(draws, TRIPLED, 3.0, f"{AT_FIGURE3}; read as {TRIPLED[0]} to {TRIPLED[1]}")
 
 
 @routing.states(
@@ -113,9 +112,7 @@ def most_experts_fall_dormant(evidence: Evidence, layers: pd.DataFrame | None) -
     if rows is None:
         return NOT_MEASURED
     draws = rows.groupby("realisation")["load_entropy"].mean()
-    reason = (
-        f"{FIGURE3.label}, at table 3's noise; with half of 64 experts dormant it could not exceed {HALF_DORMANT:.2f}"
-    )
+    reason = f"{AT_FIGURE3}; with half of 64 experts dormant it could not exceed {HALF_DORMANT:.2f}"
     found = _within(draws, (0.0, HALF_DORMANT), math.nan, reason)
     return found if found.low > HALF_DORMANT else replace(found, verdict=UNDECIDED)  # low entropy is no dormancy yet
 

@@ -29,6 +29,15 @@ def clean() -> float:
     return float(load("table4").query("component == 'clean'")["wikitext2_ppl"].iloc[0])
 
 
+def _degrade(component: str, symbol: str, values: tuple) -> Finding:
+    """Whether all cells with these values of a component are above those without it."""
+    table = grid(component)
+    worse = table[list(values)].gt(table[0], axis=0)
+    each = (f"{symbol} = {v} at {worse[v].sum()} of 4" for v in values)
+    reason = ", ".join(each).replace("of 4", "of 4 temperatures", 1)
+    return Finding(of_all(worse.values.sum(), worse.size), reason, worse.size, worse.values.sum())
+
+
 @table4.states(
     "n6-at-65",
     "At 65 °C, n = 6 brings perplexity from 24.87 down to 14.05.",
@@ -77,10 +86,7 @@ def n16_worse() -> Finding:
     "cells of table 4 with n = 8 or 16 that are above n = 0",
 )
 def n8_degrades() -> Finding:
-    table = grid("replacement_n")
-    worse = table[[8, 16]].gt(table[0], axis=0)
-    reason = f"n = 8 at {worse[8].sum()} of 4 temperatures, n = 16 at {worse[16].sum()} of 4"
-    return Finding(of_all(worse.values.sum(), worse.size), reason, worse.size, worse.values.sum())
+    return _degrade("replacement_n", "n", (8, 16))
 
 
 @table4.states(
@@ -101,10 +107,7 @@ def lambda_04_lowest() -> Finding:
     "cells of table 4 with λ = 0.2 or 1.0 that are above λ = 0",
 )
 def lambda_02_and_1_degrade() -> Finding:
-    table = grid("calibration_lambda")
-    worse = table[[0.2, 1.0]].gt(table[0.0], axis=0)
-    reason = f"λ = 0.2 at {worse[0.2].sum()} of 4 temperatures, λ = 1.0 at {worse[1.0].sum()} of 4"
-    return Finding(of_all(worse.values.sum(), worse.size), reason, worse.size, worse.values.sum())
+    return _degrade("calibration_lambda", "λ", (0.2, 1.0))
 
 
 @table4.states(

@@ -185,9 +185,7 @@ def main(job: Job, run: Run) -> None:
     if noise.adc is not None:
         raise InputError("frontier: noise.adc is set; corrections are only simulated without an ADC")
     read = partial(perplexity, model, window=cfg.profile.window, batch=cfg.profile.batch)
-    fitted_on = (
-        cfg.profile.fit.tokens
-    )  # what moments and gradients are of: candidates are compared on the text behind it
+    fitted_on = cfg.profile.fit.tokens  # by moments and gradients: candidates are compared on the text behind it
     text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
     chosen, tried, done = choose(job, model, fitted, noise, partial(read, text))
     job.say(f"chosen on calibration text: {chosen}")
