@@ -136,10 +136,11 @@ class Site:
             return arrays.converter.note(name, "input", states)
         full_range = arrays.converter.range_of(name).inputs if arrays.converter is not None else None
         draws = arrays.draws.setdefault(name, KeptDraws(arrays.noise.seed, arrays.realisation, name))
-        outputs = 0 if kind == "key" else 1  # tokens are the output columns of q·Kᵀ, dimensions those of a·V
-        flat = states.transpose(1, 2).flatten(2)  # [B, S, heads * D]
+        # Output columns: tokens of each head for q·Kᵀ, [B, S * heads, D]; dimensions for a·V, [B, S, heads * D].
+        by_token, outputs = states.transpose(1, 2), 0 if kind == "key" else 1
+        flat = by_token.flatten(1, 2) if kind == "key" else by_token.flatten(2)
         stored = torch.stack([arrays.noise.store(rows, draws, outputs, full_range) for rows in flat])
-        return stored.unflatten(2, (states.shape[1], states.shape[3])).transpose(1, 2)
+        return stored.view_as(by_token).transpose(1, 2)
 
     def convert(self, kind: str, partial: torch.Tensor, tile: int, attended: torch.Tensor | None) -> torch.Tensor:
         """Partial sums [B, heads, S, columns] of an attention product, as converted; 0 where not `attended` (bool, it

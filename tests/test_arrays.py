@@ -418,11 +418,12 @@ def test_written_keys_and_values_have_the_device_noise(olmoe):
 
 
 def test_columns_are_tokens_of_keys_and_dimensions_of_values():
-    """q·Kᵀ has an output for every token, a·V one for every dimension and tile of 256 tokens."""
+    """q·Kᵀ has an output for every head and token, a·V one for every dimension and tile of 256 tokens."""
     place = site(NoiseModel(errors=(ColumnGain(0.1),)))
     gain = place.write("key", STATES) / STATES
-    torch.testing.assert_close(gain, gain[:1, :1, :, :1].expand_as(gain), rtol=1e-6, atol=0)
-    assert gain[0, 0, :, 0].std().item() == pytest.approx(0.1, rel=4 / math.sqrt(2 * 400))
+    torch.testing.assert_close(gain, gain[:1, :, :, :1].expand_as(gain), rtol=1e-6, atol=0)
+    assert gain[0, :, :, 0].std().item() == pytest.approx(0.1, rel=4 / math.sqrt(2 * 800))
+    assert abs(torch.corrcoef(gain[0, :, :, 0])[0, 1]) < 4 / math.sqrt(400)  # heads have columns of their own
     gain = place.write("value", STATES) / STATES
     for tile in gain.split(256, 2):
         torch.testing.assert_close(tile, tile[:1, :, :1].expand_as(tile), rtol=1e-6, atol=0)

@@ -95,11 +95,28 @@ def test_measured_chips_are_compared_with_their_noise_model(results):
 
 
 def test_every_parameter_is_accounted_for(results):
-    for file in results.glob("evaluate/*/*/*/coverage.csv"):
+    found = [
+        file for stage in ("evaluate", "hardware/*", "generate") for file in results.glob(f"{stage}/*/*/*/coverage.csv")
+    ]
+    assert {"hardware", "generate"} < {str(file.relative_to(results)).partition("/")[0] for file in found}
+    for file in found:
         rows = pd.read_csv(file, keep_default_na=False)
         quality = json.loads((results / "standin" / file.parts[-3] / "quality.json").read_text())
-        assert rows["count"].sum() == quality["parameters"]
-        assert rows[rows.kind == "routed expert"].analog.all() and not rows[rows.kind == "embedding"].analog.any()
+        assert (rows.groupby(["method", "options"])["count"].sum() == quality["parameters"]).all()
+        assert (rows.analog == (rows.analog_count > 0)).all() and (rows.analog == (rows.encoding != "")).all()
+        plain = rows[rows.method == "vanilla"]
+        assert plain[plain.kind == "routed expert"].analog.all() and not rows[rows.kind == "embedding"].analog.any()
+
+
+def test_coverage_says_what_each_method_keeps_digital(results):
+    folder = results / "evaluate/table1/olmoe/80"
+    rows = pd.read_csv(folder / "coverage.csv", keep_default_na=False).set_index("method")
+    assert not rows.loc["clean"].analog.any() and not rows.loc["digital_router"].query("kind == 'router'").analog.any()
+    assert set(rows.loc["average"].query("analog").encoding) == {"plain, replicated"}
+    costs = pd.read_csv(folder / "cost.csv").set_index("method")
+    total = rows.loc["vanilla"].analog_count.sum()
+    for method in ("vanilla", "digital_router", "digital_experts"):
+        assert 1 - rows.loc[method].analog_count.sum() / total == pytest.approx(costs.loc[method, "digital"])
 
 
 def test_lineage_is_recorded_and_verified(results):

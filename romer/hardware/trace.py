@@ -163,11 +163,30 @@ def stretch(load: np.ndarray, layers: int, experts: int) -> np.ndarray:
     return wide / wide.sum(1, keepdims=True)
 
 
+def inclusion(load: np.ndarray, top_k: int) -> np.ndarray:
+    """The probabilities with which a token chooses each expert: float64 [L, E], in proportion to `load` [L, E] and at
+    most 1, rows sum to top_k. Raises InputError where fewer experts than top_k have a load."""
+    load = np.asarray(load, dtype=np.float64)
+    if ((load > 0).sum(1) < top_k).any():
+        raise InputError(f"trace: load: a layer has fewer than top_k = {top_k} experts with a load above 0")
+    found = np.empty_like(load)
+    for row, p in zip(load, found, strict=True):
+        sure = np.zeros(len(row), bool)  # an expert cannot be chosen more than once a token: the others get the rest
+        while True:
+            p[:] = np.where(sure, 1.0, row * (top_k - sure.sum()) / max(row[~sure].sum(), np.finfo(float).tiny))
+            if not (over := (p > 1) & ~sure).any():
+                break
+            sure |= over
+    return found
+
+
 def simulate(
     load: np.ndarray, top_k: int, tokens: int, window: int, plan: ReplacementPlan | None = None, seed: int = 0
 ) -> Trace:
-    """A trace in which every token draws top_k distinct experts, one after another in proportion to `load` [L, E].
+    """A trace in which every token draws top_k distinct experts, each in proportion to `load` [L, E].
 
+    Drawn by Pareto sampling, whose frequencies are those asked for to a few per cent (Bondesson, Traat & Lundqvist
+    2006, DOI 10.1111/j.1467-9469.2006.00497.x); draws one after another would flatten the load.
     The same seed draws the same preferences with and without a plan (form `split`), so both can be compared token by
     token: tokens keep the experts that are not cold. Tokens are independent, which real ones are not. Raises
     InputError for a plan of another form.
@@ -176,10 +195,10 @@ def simulate(
         raise InputError(f"trace: replacement form: found {plan.form!r}, expected split: logits are not simulated")
     n = plan.n_replace if plan is not None else 0
     experts, generator, layers = load.shape[1], torch.Generator().manual_seed(seed), []
-    share = torch.as_tensor(np.asarray(load, dtype=np.float32)).clamp_min(torch.finfo(torch.float32).tiny)
-    for layer, row in enumerate(share.log()):
-        gumbel = -torch.empty(tokens, experts).exponential_(generator=generator).log()
-        preference = row + gumbel  # its top k is a draw without replacement (Gumbel top-k, arXiv:1903.06059)
+    odds = torch.from_numpy(inclusion(load, top_k)).logit(eps=1e-9)
+    for layer, row in enumerate(odds):
+        uniform = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
+        preference = row - uniform.logit(eps=1e-12)
         if n:
             hot, cold = torch.tensor(plan.hot[layer]), torch.tensor(plan.cold[layer])
             preference = preference.index_fill(1, cold, -torch.inf)

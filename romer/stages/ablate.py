@@ -35,7 +35,7 @@ def joint(n_replace: list[int], strength: list[float]) -> list[tuple[str, dict]]
 
 @application("ablate")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet and coverage.csv; an n that the model has too few experts for is left out."""
+    """Writes records.parquet, cost.csv and coverage.csv; an n that the model has too few experts for is left out."""
     size = job.cfg.profile.ablate
     both = size.joint if job.cfg.temperature.celsius in size.joint.temperatures else None
 

@@ -29,9 +29,11 @@ class Comparison:
         self.job, self.size = job, job.cfg.profile.calibrate
         self.model, tokenizer = job.load()
         self.ids = job.ids(tokenizer, "calibration", self.size.tokens)
-        self.shape = (job.cfg.profile.window, job.cfg.profile.batch)
+        # Short contexts: where noise upsets what the first token does, all that follows in its context goes wrong.
+        contexts = job.cfg.profile.window * job.cfg.profile.batch // self.size.window
+        self.shape = (self.size.window, contexts)
         self.keys: list[dict] = []  # of all points, to forget them when the artifact stands
-        self.context = {"tokens": self.size.tokens, "realisations": self.size.realisations}
+        self.context = {name: self.size[name] for name in ("tokens", "window", "realisations")}
         with recorded_layers(self.model) as self.layers:
             self.reference = log_probabilities(self.model, self.ids, *self.shape)
         expected, layers = job.chip.layer_error, len(decoder_layers(self.model))
@@ -43,7 +45,8 @@ class Comparison:
         """The ADC with ranges from the clean model on the calibration text."""
         if adc is None:
             return None
-        return Converter(adc, calibrate_ranges(self.model, self.ids, adc, self.job.placement, *self.shape))
+        cfg = self.job.cfg.profile  # contexts as long as those that are evaluated: a KV cache has tiles for late tokens
+        return Converter(adc, calibrate_ranges(self.model, self.ids, adc, self.job.placement, cfg.window, cfg.batch))
 
     def measure(self, noise: NoiseModel) -> dict:
         """KL(clean ‖ noisy) in nats per token and each layer's relative error, for every realisation.
@@ -148,6 +151,10 @@ def check(job: Job) -> list[int]:
     for name in ("realisations", "tokens"):
         if type(size[name]) is not int or size[name] < 1:
             raise InputError(f"profile.calibrate.{name}: found {size[name]!r}, expected an integer of at least 1")
+    longest = job.config["profile"]["window"]
+    if type(size["window"]) is not int or not 2 <= size["window"] <= longest:
+        what = f"found {size['window']!r}, expected an integer from 2 to profile.window = {longest}"
+        raise InputError(f"profile.calibrate.window: {what}")
     if job.chip.kl_target is None and not job.chip.errors:
         raise InputError(f"chip {job.chip.name}: has an ADC alone, which leaves no device noise to fit sigma_dev to")
     return bits
@@ -193,6 +200,7 @@ def main(job: Job, run: Run) -> None:
         "evaluations": found.evaluations,
         "realisations": comparison.size.realisations,
         "tokens": comparison.size.tokens,
+        "window": comparison.size.window,
         "adc": adc_key(chip.adc),
         "notes": list(chip.notes),
     }

@@ -67,7 +67,7 @@ def measure(
                 for (name, *options), found in costs.items()
             ]
             pd.DataFrame(lines).to_csv(scratch / "cost.csv", index=False)
-            job.write_coverage(model, scratch)
+            job.write_coverage(model, scratch, fitted, todo)
         job.points.clear(job.point_keys([p.key for p in todo], context))
 
     return records, publish
@@ -109,7 +109,7 @@ def by_hand(job: Job) -> Path | None:
 
 @application("evaluate")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet and coverage.csv, and prints the means. InputError for heldout beside lm-eval's tasks."""
+    """Writes records.parquet, cost.csv and coverage.csv; prints means. InputError for heldout beside lm-eval tasks."""
     task = job.config["task"]
     if "tasks" in task:
         if "name" in task:

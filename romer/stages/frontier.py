@@ -24,7 +24,7 @@ from torch import nn
 from romer import InputError, perplexity
 from romer.chips.pcm import Pcm
 from romer.cost import cost
-from romer.evaluate.sweep import CLEAN
+from romer.evaluate.sweep import CLEAN, Point
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
@@ -199,7 +199,8 @@ def main(job: Job, run: Run) -> None:
         pd.concat([tried, records], ignore_index=True).to_parquet(folder / "records.parquet", index=False)
         prices(job, model, fitted, probes, ids).to_csv(folder / "cost.csv", index=False)
         (folder / "choice.json").write_text(json.dumps(chosen) + "\n")
-        job.write_coverage(model, folder)
+        settled = [Point(p.method, p.realisation, get(p.method).options(fitted, p.given)) for p in probes]
+        job.write_coverage(model, folder, fitted, settled)
     job.points.clear([*done, *keys])
     means = records.groupby(["task", "chip", "method", "options"]).value.agg(["mean", "min", "max", "count"])
     run.summary({"points": len(records), **chosen})

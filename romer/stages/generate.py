@@ -20,7 +20,8 @@ METHODS = ("vanilla", "romer")  # beside the clean model
 
 @application("generate")
 def main(job: Job, run: Run) -> None:
-    """Writes continuations.json: rows of method, factor (of the operating point's σ_dev), sigma_dev, prompt, text."""
+    """Writes continuations.json (rows of method, factor of the operating point's σ_dev, sigma_dev, prompt, text) and
+    coverage.csv."""
     size = job.config["profile"]["generate"]
     model, tokenizer = job.load()
     noise, fitted = job.noise(), plan.read(job, model, tokenizer, METHODS)
@@ -32,7 +33,7 @@ def main(job: Job, run: Run) -> None:
         texts[:] = continuations(model, tokenizer, size["prompts"], size["tokens"])
         return float(len(texts))
 
-    rows, used = [], []
+    rows, used, measured = [], [], []
     for factor in (0, *size["factors"]):  # 0: no noise
         wanted = points(fitted, [(name, {}) for name in (METHODS if factor else ("clean",))], [0])
         context = {"prompts": size["prompts"], "new_tokens": size["tokens"], "factor": factor}
@@ -47,7 +48,9 @@ def main(job: Job, run: Run) -> None:
             at = {"method": point.method, "factor": factor, "sigma_dev": scaled.sigma_dev}
             rows += [at | {"prompt": p, "text": t} for p, t in zip(size["prompts"], found, strict=True)]
         used += keys.values()
+        measured += wanted
     with job.write(by_hand(job)) as folder:
         (folder / "continuations.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        job.write_coverage(model, folder, fitted, measured)
     job.points.clear(used)
     run.summary({"continuations": len(rows)})

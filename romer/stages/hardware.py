@@ -133,13 +133,18 @@ def cells_of(shape: ModelShape, sheet: ChipSheet, own: Deployment, plain: Deploy
     return Work(shape, sheet, own).weights_stored(int(digital)) / Work(shape, sheet, plain).weights_stored(0)
 
 
-def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
-    """One row per point and shape, with perplexity, cells, and everything that `Estimate` says."""
-    model, tokenizer = job.load()
-    fitted = plan.read(job, model, tokenizer, list(job.config["method"]))
-    ids = job.ids(tokenizer, "evaluation", job.cfg.profile.costed.tokens)
+def costs(
+    job: Job,
+    model,
+    fitted: Fitted,
+    ids: torch.Tensor,
+    todo: dict[Point, bool],
+    sheet: ChipSheet,
+    workload: dict,
+) -> pd.DataFrame:
+    """One row per point of `todo` (see `wanted`) and shape, with perplexity, cells, and everything that `Estimate`
+    says."""
     shape, name, rows = shape_of(model.config), job.cfg.model.name, []
-    todo = wanted(job, model, fitted, workload)
     plain = deployed(get("vanilla"), model, job.placement, fitted, {}, workload["lm_head"])
     for p, trace, value in evaluated(job, model, fitted, ids, list(todo)):
         method = get(p.method)
@@ -170,11 +175,16 @@ def costs(job: Job, sheet: ChipSheet, workload: dict) -> pd.DataFrame:
 
 @application("hardware")
 def main(job: Job, run: Run) -> None:
-    """Writes cost.csv (every point and shape) and prints the means over realisations."""
+    """Writes cost.csv (every point and shape) and coverage.csv, and prints the means over realisations."""
     sheet, workload = ChipSheet.load(job.config["hardware"]), settings(job)
-    table = costs(job, sheet, workload)
+    model, tokenizer = job.load()
+    fitted = plan.read(job, model, tokenizer, list(job.config["method"]))
+    todo = wanted(job, model, fitted, workload)
+    ids = job.ids(tokenizer, "evaluation", job.cfg.profile.costed.tokens)
+    table = costs(job, model, fitted, ids, todo, sheet, workload)
     with job.write(by_hand(job) or job.root / "hardware" / sheet.name / job.where) as folder:
         table.to_csv(folder / "cost.csv", index=False)
+        job.write_coverage(model, folder, fitted, todo)
     for (shape, routing), rows in table.groupby(["shape", "routing"]):
         means = rows.groupby(["method", "options"], as_index=False).mean(numeric_only=True)
         print(f"\n{job.cfg.model.name} ({shape}, {routing} routing) on {sheet.name}, {rows.tokens.iloc[0]} tokens")

@@ -5,6 +5,7 @@ def main(job: Job): ...        # a Hydra application on conf/config.yaml
 """
 
 import functools
+import json
 import logging
 import sys
 import time
@@ -23,9 +24,11 @@ from romer import NoiseModel, load_model, text
 from romer.adc import Converter, read_ranges
 from romer.chips import Chip, build, files
 from romer.cli import conf_folder
+from romer.encoding import PLAIN, Layout
 from romer.errors import InputError
 from romer.evaluate.sweep import Point
-from romer.noise import Conductance
+from romer.methods import Fitted, get
+from romer.noise import Conductance, slot_name
 from romer.placement import Placement, coverage
 from romer.store import Manifest, Points, artifact, file_sha256, verify
 from romer.tracking import Run, Tracker
@@ -199,19 +202,42 @@ class Job:
         """The chip's ADC with the ranges of the calibration stage."""
         return Converter(self.chip.adc, read_ranges(self.read("calibrate") / "ranges.safetensors"))
 
-    def write_coverage(self, model, folder: Path) -> None:
-        """coverage.csv: every parameter of the model, analog or digital, with the encoding of the analog ones; and the
-        KV cache, which is no parameter (count 0)."""
-        rows = pd.DataFrame([asdict(row) for row in coverage(model, self.placement)])
+    def write_coverage(self, model, folder: Path, fitted: Fitted | None = None, used: Iterable = ()) -> None:
+        """coverage.csv: every parameter of the model, how many of its weights are analog and in which encoding, and the
+        KV cache, which is no parameter (count 0); where points (or whatever has a method and complete options) are
+        given, under each of their settings."""
+        if fitted is None:
+            rows = self._covered(model, self.placement, Layout())
+        else:
+            settings = {(p.method, json.dumps(p.options, sort_keys=True)): p for p in used}
+            frames = []
+            for (name, options), p in settings.items():
+                method = get(name)
+                placement = method.placement(self.placement) if method.noisy else None
+                under = self._covered(model, placement, method.layout(model, fitted, p.options))
+                frames.append(under.assign(method=name, options=options))
+            rows = pd.concat(frames)
+            rows = rows[["method", "options", *rows.columns.drop(["method", "options"])]]
+        rows.to_csv(folder / "coverage.csv", index=False)
+
+    def _covered(self, model, placement: Placement | None, layout: Layout) -> pd.DataFrame:
+        """The rows of one layout; all is digital without a placement."""
         own = self.stage == "calibrate" or self.cfg.noise.source == "chip"
         pairs = own and any(isinstance(error, Conductance) for error in self.chip.errors)
-        rows["encoding"] = rows["analog"].map({True: "differential pair" if pairs else "plain", False: ""})
-        rows["shape"] = rows["shape"].map(lambda s: "x".join(map(str, s)))
-        kv = self.placement.kv
-        cache = {"parameter": "cached keys and values", "count": 0, "kind": "kv cache", "analog": kv}
-        cache["encoding"] = ("differential pair" if pairs else "plain") if kv else ""
-        rows = pd.concat([rows, pd.DataFrame([cache])], ignore_index=True)
-        rows.to_csv(folder / "coverage.csv", index=False)
+        plain = "differential pair" if pairs else "plain"
+        encoding = plain if layout.encoding is PLAIN else f"{plain}, {type(layout.encoding).__name__.lower()}"
+        rows = []
+        for row in coverage(model, placement or self.placement):
+            slots = (
+                [slot_name(row.parameter, i) for i in range(row.shape[0])] if len(row.shape) == 3 else [row.parameter]
+            )
+            stored = sum(not layout.is_digital(slot) for slot in slots) if placement and row.analog else 0
+            count = row.count * stored // len(slots)
+            how = {"shape": "x".join(map(str, row.shape)), "analog": count > 0, "analog_count": count}
+            rows.append(asdict(row) | how | {"encoding": encoding if count else ""})
+        kv = placement is not None and placement.kv  # keys and values are written plainly by every method
+        cache = {"parameter": "cached keys and values", "count": 0, "kind": "kv cache", "analog": kv, "analog_count": 0}
+        return pd.DataFrame([*rows, cache | {"encoding": plain if kv else ""}])
 
     def run(self, name: str, identity: dict, config: dict | None = None):
         """A W&B run of this stage: group = model, job type = stage, config with the inputs' hashes. A context

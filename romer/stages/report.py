@@ -106,6 +106,7 @@ def calibrations(job: Job) -> Calibrations:
         *artifacts(job, "calibrate", size.chips),
         *artifacts(job, "calibrate", [size.costed.chip], size.costed.models),
         *artifacts(job, "calibrate", [size.benchmark.chip], size.benchmark.models),
+        *artifacts(job, "calibrate", [size.probe.chip], size.probe.models, [size.probe.temperature]),
         *artifacts(job, "calibrate", size.measured_chips, size.measured_models),
     ]
     fits, curves, layers, identified = [], [], [], []
