@@ -66,6 +66,7 @@ def test_errors_that_overflow_the_model_are_said_in_one_line(smoke_results):
     [
         (["chip=file", "chip.adc={bits: 8}"], "ADC alone"),
         (["chip=rram_b", "profile.calibrate.identify_bits=[0]"], "identify_bits: found [0]"),
+        (["chip=rram_b", "profile.calibrate.window=65"], "calibrate.window: found 65, expected an integer from 2 to"),
     ],
 )
 def test_what_cannot_be_calibrated_is_said_before_the_work(smoke_results, overrides, culprit):
