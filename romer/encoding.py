@@ -201,6 +201,10 @@ class Layout:
         """Whether a tensor, or an expert slot, is kept digital."""
         return name in self.digital or name.partition("[")[0] in self.digital
 
+    def digital_slots(self, name: str, slots: int) -> set[int]:
+        """Those of a fused tensor's expert slots that are kept digital; of a plain tensor (one slot) {0} or none."""
+        return {i for i in range(slots) if self.is_digital(slot_name(name, i))}
+
 
 def realise(encoding: Encoding, noise: NoiseModel, name: str, weight: torch.Tensor, realisation: int) -> torch.Tensor:
     """The weight as it acts, in its dtype: [out, in], or [E, out, in] for fused experts, whose slots are arrays of

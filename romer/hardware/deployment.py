@@ -15,7 +15,6 @@ from romer.errors import InputError
 from romer.hardware.tiles import KINDS
 from romer.lowrank import LowRank
 from romer.methods import Fitted, Method
-from romer.noise import slot_name
 from romer.placement import Placement, coverage
 from romer.routers import moe_layers
 
@@ -88,7 +87,7 @@ def deployed(
         if row.kind == "routed expert" and row.analog:
             kinds.setdefault(row.kind, set()).add(True)
             layer = slots[paths[row.parameter.rpartition(".")[0]]]
-            layer |= {i for i in range(row.shape[0]) if layout.is_digital(slot_name(row.parameter, i))}
+            layer |= layout.digital_slots(row.parameter, row.shape[0])
         else:
             kinds.setdefault(row.kind, set()).add(row.analog and not layout.is_digital(row.parameter))
     if mixed := [kind for kind, found in kinds.items() if len(found) > 1]:

@@ -189,7 +189,7 @@ def simulate(
     2006, DOI 10.1111/j.1467-9469.2006.00497.x); draws one after another would flatten the load.
     The same seed draws the same preferences with and without a plan (form `split`), so both can be compared token by
     token: tokens keep the experts that are not cold. Tokens are independent, which real ones are not. Raises
-    InputError for a plan of another form.
+    InputError for a plan of another form, and as `inclusion` does.
     """
     if plan is not None and plan.form != "split":
         raise InputError(f"trace: replacement form: found {plan.form!r}, expected split: logits are not simulated")

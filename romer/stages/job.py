@@ -28,7 +28,7 @@ from romer.encoding import PLAIN, Layout
 from romer.errors import InputError
 from romer.evaluate.sweep import Point
 from romer.methods import Fitted, get
-from romer.noise import Conductance, slot_name
+from romer.noise import Conductance
 from romer.placement import Placement, coverage
 from romer.store import Manifest, Points, artifact, file_sha256, verify
 from romer.tracking import Run, Tracker
@@ -228,11 +228,9 @@ class Job:
         encoding = plain if layout.encoding is PLAIN else f"{plain}, {type(layout.encoding).__name__.lower()}"
         rows = []
         for row in coverage(model, placement or self.placement):
-            slots = (
-                [slot_name(row.parameter, i) for i in range(row.shape[0])] if len(row.shape) == 3 else [row.parameter]
-            )
-            stored = sum(not layout.is_digital(slot) for slot in slots) if placement and row.analog else 0
-            count = row.count * stored // len(slots)
+            slots = row.shape[0] if len(row.shape) == 3 else 1
+            stored = slots - len(layout.digital_slots(row.parameter, slots)) if placement and row.analog else 0
+            count = row.count * stored // slots
             how = {"shape": "x".join(map(str, row.shape)), "analog": count > 0, "analog_count": count}
             rows.append(asdict(row) | how | {"encoding": encoding if count else ""})
         kv = placement is not None and placement.kv  # keys and values are written plainly by every method
