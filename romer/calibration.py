@@ -7,6 +7,7 @@ nearly a line, with the same realisations at every σ (common random numbers).
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,15 @@ TOLERANCE = 0.018  # relative, of the mean KL to its target, at which the search
 ACCEPTED = 0.02  # likewise, of the best σ when the evaluations are used up: KL(σ) jumps where tokens change experts
 MAX_EVALUATIONS = 12
 CLOSE, APART = 0.2, 0.002  # of ln KL to its target, for a line through what is known; of ln σ, between two tries
+TYPICAL = (  # (KL in nats a token, σ_dev) of eq. 2 on small mixtures of experts: where a search may begin
+    (0.014, 3e-4),
+    (0.06, 0.012),
+    (0.22, 0.05),
+    (0.65, 0.1),
+    (1.2, 0.14),
+    (2.2, 0.2),
+    (5.0, 0.32),
+)
 NEAR = 0.1  # of ln σ: closer together, two KL say more about a jump between them than about a slope
 
 
@@ -49,17 +59,17 @@ class SigmaFit:
 def fit_sigma(
     divergence: Callable[[float], Sequence[float]],
     target: float,
-    start: float = 0.05,
+    start: float | None = None,
     bounds: tuple[float, float] = (1e-7, 2.0),
     tolerance: float = TOLERANCE,
 ) -> SigmaFit:
     """σ_dev for a KL target.
 
     divergence(σ) returns the KL of every realisation, in nats; the mean meets `target` within `tolerance` (relative),
-    or within ACCEPTED where twelve evaluations do not find better. Brackets by the σ² law, then along the secant of the
-    last two σ, then regula falsi (Illinois) on the logarithms, or a line through all close points once there are three.
-    Raises InputError for a target that is not positive and finite or cannot be met within `bounds` and twelve
-    evaluations.
+    or within ACCEPTED where twelve evaluations do not find better. From `start`, or from the σ at which a typical model
+    meets such a target, brackets by the σ² law, then along the secant of the last two σ, then regula falsi (Illinois)
+    on the logarithms, or a line through all close points once there are three. Raises InputError for a target that is
+    not positive and finite or cannot be met within `bounds` and twelve evaluations.
     """
     if not (math.isfinite(target) and target > 0):
         raise InputError(f"KL target: found {target}, expected a finite number > 0 (nats per token)")
@@ -74,12 +84,12 @@ def fit_sigma(
         return math.log(mean / target)
 
     low_bound, high_bound = map(math.log, bounds)
-    x = math.log(start)
+    x = min(max(math.log(_typical(target) if start is None else start), low_bound), high_bound)
     y = gap(x)
     below, above = ((x, y), None) if y < 0 else (None, (x, y))
     reach = 0.05
     while abs(y) > math.log1p(tolerance) and (below is None or above is None):  # bracket
-        if len(curve) >= MAX_EVALUATIONS or x in (low_bound, high_bound):
+        if len(curve) >= MAX_EVALUATIONS or x == (high_bound if y < 0 else low_bound):
             best = target * math.exp(y)
             raise InputError(
                 f"KL target {target:.4g} cannot be met: at sigma_dev = {math.exp(x):.4g} the model's KL is {best:.4g}"
@@ -113,6 +123,16 @@ def fit_sigma(
     alone = tuple(sigma * (target / kl) ** (1 / slope) for kl in curve[sigma])
     mean = sum(curve[sigma]) / len(curve[sigma])
     return SigmaFit(sigma, mean, target, slope, alone, tuple(sorted(curve.items())))
+
+
+def _typical(target: float) -> float:
+    """A σ_dev to begin with for a KL target: along TYPICAL, in logarithms, and by the σ² law outside it."""
+    kl, sigma = (list(map(math.log, column)) for column in zip(*TYPICAL, strict=True))
+    i = bisect(kl, math.log(target))
+    if i in (0, len(kl)):
+        i = min(i, len(kl) - 1)
+        return math.exp(sigma[i] + (math.log(target) - kl[i]) / 2)
+    return math.exp(sigma[i] + (math.log(target) - kl[i]) * (sigma[i] - sigma[i - 1]) / (kl[i] - kl[i - 1]))
 
 
 def _through(curve: dict[float, tuple[float, ...]], target: float) -> float | None:

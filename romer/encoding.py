@@ -213,8 +213,10 @@ def realise(encoding: Encoding, noise: NoiseModel, name: str, weight: torch.Tens
         draws = [Draws(noise.seed, realisation, slot_name(name, i)) for i in range(len(weight))]
         return encoding.store_slots(noise, weight, draws).to(weight.dtype)
     if weight.dim() == 3:
-        slots = (realise(encoding, noise, slot_name(name, i), w, realisation) for i, w in enumerate(weight))
-        return torch.stack(list(slots))
+        acts = torch.empty_like(weight)
+        for i, w in enumerate(weight):
+            acts[i] = realise(encoding, noise, slot_name(name, i), w, realisation)
+        return acts
     if encoding is PLAIN:
         return noise.realise(name, weight, realisation)
     return encoding.store(noise, weight, Draws(noise.seed, realisation, name)).to(weight.dtype)

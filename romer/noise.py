@@ -263,9 +263,10 @@ class NoiseModel:
         weight bitwise.
         """
         if weight.dim() == 3:
-            return torch.stack(
-                [self.realise(slot_name(name, i), w, realisation, replica) for i, w in enumerate(weight)]
-            )
+            acts = torch.empty_like(weight)
+            for i, w in enumerate(weight):
+                acts[i] = self.realise(slot_name(name, i), w, realisation, replica)
+            return acts
         return self.store(weight, Draws(self.seed, realisation, name, replica))
 
 

@@ -41,14 +41,16 @@ class Programmed:
         acts, read = self._arrays(name, weight)
         return acts, self._told([name], weight, read)
 
-    def stored_slots(self, name: str, weight: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As `stored`, of every slot of a fused tensor, `weight` [E, out, in]."""
+    def stored_slots(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `stored`, of all slots of a fused tensor together, `weight` [E, out, in]."""
         slots = [slot_name(name, slot) for slot in range(len(weight))]
         if any(map(self.layout.is_digital, slots)):
-            return [self.stored(slot, w) for slot, w in zip(slots, weight, strict=True)]
+            acts, told = zip(*(self.stored(slot, w) for slot, w in zip(slots, weight, strict=True)), strict=True)
+            acts = torch.stack(acts)
+            return acts, acts if self.layout.correction is None else torch.stack(told)
         acts, read = self._arrays(name, weight)
-        told = self._told(slots, weight.flatten(0, 1), read.flatten(0, 1)).view_as(weight)
-        return list(zip(acts, told, strict=True))
+        told = self._told(slots, weight.flatten(0, 1), rows := read.flatten(0, 1))
+        return acts, read if told is rows else told.view_as(weight)
 
     def _arrays(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a tensor or a slot acts as, and what cells say that are read with noise of their own."""
@@ -89,23 +91,26 @@ class Programmed:
         corrected, offset = self.layout.correction(name, weight, stored, read, common)
         return corrected.to(weight.dtype), None if offset is None else offset.to(weight.dtype)
 
-    def write(self, name: str, into: torch.Tensor) -> None:
-        """Writes the clean weight of a whole tensor: what it acts as goes into `into`, offsets are noted."""
+    def write(self, name: str) -> torch.Tensor:
+        """What a tensor acts as with its clean weight written to it, in memory of its own; offsets are noted."""
         weight, correction = self.clean[name], self.layout.correction
+        if self.layout.is_digital(name):
+            return weight.clone()
         if weight.dim() == 2:
             stored, read = self.stored(name, weight)
-            if correction is not None and not self.layout.is_digital(name):
+            if correction is not None:
                 self.shared[name] = correction.shared(name, weight, read)
             acts, offset = self.correct(name, weight, stored, read)
-            into.copy_(acts)
             if offset is not None:
                 self.offsets[name] = offset
-            return
-        arrays = self.stored_slots(name, weight)
-        if correction is not None and not self.layout.is_digital(name):
-            self.shared[name] = correction.shared(name, weight, torch.stack([read for _, read in arrays]))
-        for slot, (w, array) in enumerate(zip(weight, arrays, strict=True)):
-            self._put(name, slot, w, *array, into)
+            return acts
+        acts, read = self.stored_slots(name, weight)
+        if correction is not None:
+            self.shared[name] = correction.shared(name, weight, read)
+            for slot, w in enumerate(weight):
+                stored = acts[slot]
+                self._put(name, slot, w, stored, stored if read is acts else read[slot], acts)
+        return acts
 
     def write_slot(self, name: str, slot: int, weight: torch.Tensor, into: torch.Tensor) -> None:
         """Writes an expert's weight to one slot of the fused tensor `name`."""
@@ -140,9 +145,10 @@ def program(
     placement: Placement | None = None,
     layout: Layout | None = None,
 ) -> Iterator[Programmed]:
-    """Replaces the analog weights of `model` by one noisy realisation, in place, and restores them bitwise on exit.
+    """Replaces the analog weights of `model` by one noisy realisation and puts the clean ones back on exit, bitwise.
 
-    Where the noise model has an ADC, or the placement the KV cache, the model's analog products run through
+    The parameters stay the same objects, their memory does not: a view that was taken before still sees the clean
+    weight. Where the noise model has an ADC, or the placement the KV cache, the model's analog products run through
     `romer.arrays` in between. Raises InputError when the model is programmed already, and under an ADC for a layout
     with several arrays a weight or with corrections, because their converted partial sums are not simulated.
     """
@@ -151,11 +157,11 @@ def program(
     placement, layout = placement or Placement(), layout or Layout()
     check_converted(noise, layout)
     analog = {row.parameter for row in coverage(model, placement) if row.analog}
-    clean = {name: p.detach().clone() for name, p in model.named_parameters() if name in analog}
+    clean = {name: p.detach() for name, p in model.named_parameters() if name in analog}
     _PROGRAMMED[model] = array = Programmed(noise, realisation, clean, layout)
     try:
         for name in clean:
-            array.write(name, model.get_parameter(name))
+            model.get_parameter(name).data = array.write(name)
         with ExitStack() as stack:
             if array.offsets:
                 stack.enter_context(offset(model, array.offsets))
@@ -165,7 +171,7 @@ def program(
     finally:
         del _PROGRAMMED[model]
         for name, value in clean.items():
-            model.get_parameter(name).copy_(value)
+            model.get_parameter(name).data = value
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from romer.calibration import TOLERANCE, fit_sigma
+from romer.calibration import TOLERANCE, TYPICAL, fit_sigma
 from romer.errors import InputError
 from romer.evaluate.perplexity import kl_divergence, log_probabilities
 from romer.noise import NoiseModel
@@ -68,8 +68,17 @@ def test_the_mean_over_realisations_meets_the_target_and_each_has_a_sigma():
     assert all(len(values) == 3 for _, values in fit.curve)
 
 
+@pytest.mark.parametrize("target", (1e-9, 1e-4, *(kl for kl, _ in TYPICAL), 0.4, 30.0, 1e9))
+def test_a_search_begins_where_a_typical_model_meets_the_target(target):
+    """Within the bounds; from a bound, too, the search goes inward."""
+    tried = []
+    fit = fit_sigma(lambda s: tried.append(s) or [target * s / 0.1], target)
+    assert fit.sigma_dev == pytest.approx(0.1, rel=0.02)
+    assert 0.999e-7 <= tried[0] <= 2.001 and tried[0] == pytest.approx(dict(TYPICAL).get(target, tried[0]))
+
+
 def test_a_start_that_already_meets_the_target_is_taken():
-    fit = fit_sigma(lambda s: [56 * s**2, 58 * s**2], 57 * 0.05**2)
+    fit = fit_sigma(lambda s: [56 * s**2, 58 * s**2], 57 * 0.05**2, start=0.05)
     assert fit.evaluations == 2 and fit.sigma_dev == pytest.approx(0.05)  # and one more σ, for the slope
     assert fit.sigma_by_realisation == pytest.approx([0.05 * math.sqrt(57 / 56), 0.05 * math.sqrt(57 / 58)])
 
@@ -79,7 +88,7 @@ def test_a_start_that_already_meets_the_target_is_taken():
 def test_a_fit_close_to_the_start_has_the_interval_of_its_own_slope(power, off):
     """Where only close σ were tried, a slope of 2 would make the interval of a flat curve too narrow."""
     factors = (0.8, 1.25)
-    fit = fit_sigma(lambda s: [f * (s / 0.05) ** power for f in factors], off**power * sum(factors) / 2)
+    fit = fit_sigma(lambda s: [f * (s / 0.05) ** power for f in factors], off**power * sum(factors) / 2, start=0.05)
     assert fit.slope == pytest.approx(power, rel=1e-6) and fit.evaluations <= 12
     alone = [0.05 * off * (sum(factors) / 2 / f) ** (1 / power) for f in factors]
     assert fit.sigma_by_realisation == pytest.approx(alone, rel=1.01 ** (1 / power) - 1 + 1e-6)
