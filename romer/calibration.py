@@ -7,11 +7,11 @@ nearly a line, with the same realisations at every σ (common random numbers).
 """
 
 import math
-from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -127,12 +127,10 @@ def fit_sigma(
 
 def _typical(target: float) -> float:
     """A σ_dev to begin with for a KL target: along TYPICAL, in logarithms, and by the σ² law outside it."""
-    kl, sigma = (list(map(math.log, column)) for column in zip(*TYPICAL, strict=True))
-    i = bisect(kl, math.log(target))
-    if i in (0, len(kl)):
-        i = min(i, len(kl) - 1)
-        return math.exp(sigma[i] + (math.log(target) - kl[i]) / 2)
-    return math.exp(sigma[i] + (math.log(target) - kl[i]) * (sigma[i] - sigma[i - 1]) / (kl[i] - kl[i - 1]))
+    kl, sigma = np.log(TYPICAL).T
+    wanted = math.log(target)
+    inside = min(max(wanted, kl[0]), kl[-1])
+    return math.exp(np.interp(inside, kl, sigma) + (wanted - inside) / 2)
 
 
 def _through(curve: dict[float, tuple[float, ...]], target: float) -> float | None:

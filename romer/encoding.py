@@ -20,7 +20,7 @@ import torch
 from romer.corrections import Correction
 from romer.errors import InputError
 from romer.moments import Moments, of
-from romer.noise import Conductance, Draws, NoiseModel, check_sigma, rescaled, slot_name
+from romer.noise import Conductance, Draws, NoiseModel, by_slot, check_sigma, rescaled, slot_name
 
 
 class Encoding(Protocol):
@@ -213,10 +213,7 @@ def realise(encoding: Encoding, noise: NoiseModel, name: str, weight: torch.Tens
         draws = [Draws(noise.seed, realisation, slot_name(name, i)) for i in range(len(weight))]
         return encoding.store_slots(noise, weight, draws).to(weight.dtype)
     if weight.dim() == 3:
-        acts = torch.empty_like(weight)
-        for i, w in enumerate(weight):
-            acts[i] = realise(encoding, noise, slot_name(name, i), w, realisation)
-        return acts
+        return by_slot(name, weight, lambda slot, w: realise(encoding, noise, slot, w, realisation))
     if encoding is PLAIN:
         return noise.realise(name, weight, realisation)
     return encoding.store(noise, weight, Draws(noise.seed, realisation, name)).to(weight.dtype)

@@ -263,13 +263,18 @@ class NoiseModel:
         weight bitwise.
         """
         if weight.dim() == 3:
-            acts = torch.empty_like(weight)
-            for i, w in enumerate(weight):
-                acts[i] = self.realise(slot_name(name, i), w, realisation, replica)
-            return acts
+            return by_slot(name, weight, lambda slot, w: self.realise(slot, w, realisation, replica))
         return self.store(weight, Draws(self.seed, realisation, name, replica))
 
 
 def slot_name(name: str, slot: int) -> str:
     """The array of one expert slot of the fused tensor `name`."""
     return f"{name}[{slot}]"
+
+
+def by_slot(name: str, weight: torch.Tensor, store: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """store(slot's name, weight of the slot [out, in]) of every slot of the fused tensor `name`: [E, out, in]."""
+    acts = torch.empty_like(weight)
+    for i, w in enumerate(weight):
+        acts[i] = store(slot_name(name, i), w)  # while it is in the cache
+    return acts

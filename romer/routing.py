@@ -149,10 +149,12 @@ def analog_experts_forward(
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     weight = top_k_weights.new_zeros(len(hidden_states), experts).scatter_add_(1, top_k_index, top_k_weights)  # [T, E]
     weight = weight.to(hidden_states.dtype)
-    gates_first = self.gate_up_proj.unflatten(1, (2, inner)).transpose(0, 1).flatten(0, 2)  # [2 · E · I, H]: long rows
-    if first is not None:  # for the activation, where an expert's own are short
-        first = first.unflatten(1, (2, inner)).transpose(0, 1).flatten()
-    a = self._apply_gate(F.linear(hidden_states, gates_first, first))
+
+    def gates_first(rows):  # [E, 2I, ...] -> [2 · E · I, ...]: long rows for the activation, an expert's are short
+        return rows.unflatten(1, (2, inner)).transpose(0, 1).flatten(0, 2)
+
+    bias = first if first is None else gates_first(first)
+    a = self._apply_gate(F.linear(hidden_states, gates_first(self.gate_up_proj), bias))
     a = a.unflatten(1, (experts, inner)) * weight[..., None]  # [T, E, I]
     y = F.linear(a.flatten(1), self.down_proj.transpose(0, 1).reshape(hidden, experts * inner))
     return y if second is None else y + weight @ second
