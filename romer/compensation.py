@@ -14,16 +14,17 @@ time as the plain layout does; what it needs is one read-back of every block, an
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
 from romer.errors import InputError
-from romer.moments import Moments, of
+from romer.moments import PRIOR_TOKENS, Moments, shared
 from romer.noise import Conductance, Draws, NoiseModel, rescaled
 from romer.readback import as_read, estimate, read_sigma, unit
 
 LAZY = 6  # blocks whose effect on inputs far off is added up before it is applied: the same sums, less memory traffic
-DAMPING = 0.01  # of the mean input power, on the diagonal of R: as GPTQ's
+SHRINKAGE = 0.5  # R's diagonal grows by this times inputs / tokens: regressions on few tokens fit their chance, too
 
 
 class _Columns(Draws):
@@ -69,11 +70,20 @@ def _taken(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return values.view(len(order), -1, order.shape[1]).take_along_dim(order[:, None], 2).flatten(0, 1)
 
 
+def edges(inputs: int, most: int) -> list[int]:
+    """Where blocks of inputs begin, and `inputs`: a block has at most `most`, and no more than stand before it. One
+    input can carry most of an array's power (that of a massive activation): it is read back by itself."""
+    found = [0]
+    while found[-1] < inputs:
+        found.append(min(inputs, found[-1] + min(most, max(found[-1], 1))))
+    return found
+
+
 @dataclass(frozen=True)
 class Compensated:
-    """block: inputs written at a time; read_error: standard deviation of one read-back of a cell, relative to the
-    largest |w| of the array; least_blocks: of an array, whose blocks are smaller where it has few inputs, because what
-    goes wrong in the last block stays; moments: of the inputs of each array.
+    """block: inputs written at a time, at most (`edges`); read_error: standard deviation of one read-back of a cell,
+    relative to the largest |w| of the array; least_blocks: of an array, whose blocks are smaller where it has few
+    inputs, because what goes wrong in the last block stays; moments: of the inputs of each array.
 
     Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
     back is what was just written: drift comes later; a reading counts as far as it can be trusted (`romer.readback`).
@@ -153,18 +163,18 @@ class Compensated:
         def apart(errors: torch.Tensor) -> torch.Tensor:  # by their factors
             return errors.view(len(order), -1, errors.shape[1])
 
-        size = min(self.block, -(-inputs // self.least_blocks))
-        together = LAZY * size
-        for first in range(0, inputs, together):
-            group, after, kept = slice(first, first + together), slice(first + together, None), []
-            for start in range(first, min(first + together, inputs), size):
-                block = slice(start, start + size)
+        blocks = list(pairwise(edges(inputs, min(self.block, -(-inputs // self.least_blocks)))))
+        for i in range(0, len(blocks), LAZY):
+            together = blocks[i : i + LAZY]
+            first, last, kept = together[0][0], together[-1][1], []
+            for start, end in together:
+                block = slice(start, end)
                 missed = targets[:, block]
                 if bounded:
                     missed = missed.clone()
                     targets[:, block] = missed.clamp(-top, top)
                 wanted = targets[:, block]
-                if start + size >= inputs:
+                if end == inputs:
                     known[:, block] = wanted
                     break
                 read = seen.store(wanted, cells.at(block), full_range=top)
@@ -174,10 +184,9 @@ class Compensated:
                 known[:, block] = estimate(read, wanted, sigma, alike, arrays)
                 error, own = apart(known[:, block] - missed), upper[:, block]
                 kept.append(torch.linalg.solve_triangular(own[:, :, block], error, upper=True, left=False))
-                soon = slice(start + size, first + together)
-                targets[:, soon] += (kept[-1] @ own[:, :, soon]).flatten(0, 1)
-            if first + together < inputs:
-                targets[:, after] += (torch.cat(kept, 2) @ upper[:, group, after]).flatten(0, 1)
+                targets[:, end:last] += (kept[-1] @ own[:, :, end:last]).flatten(0, 1)
+            if last < inputs:
+                targets[:, last:] += (torch.cat(kept, 2) @ upper[:, first:last, last:]).flatten(0, 1)
         back = order.argsort(1)
         parts = (values.chunk(arrays), *(_taken(x, back).chunk(arrays) for x in (targets, known)))
         self.latest.clear()
@@ -185,7 +194,7 @@ class Compensated:
 
     def _factors(self, draws: Sequence[Draws]) -> tuple[torch.Tensor, torch.Tensor]:
         """`factor` of the inputs of each array, [S, in] and [S, in, in], once where all have the same."""
-        seen = [of(self.moments, d.tensor) for d in draws]
+        seen = [shared(self.moments, d.tensor) for d in draws]
         if None in seen:
             raise InputError(f"compensated programming: no calibration inputs of {draws[seen.index(None)].tensor}")
         different = seen if len({id(m.second) for m in seen}) > 1 else seen[:1]
@@ -210,13 +219,14 @@ KEPT_BYTES = 2**28  # of factors: weights share moments, and every realisation n
 
 def factor(seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     """(order [in], U [in, in]): inputs by falling power, and the upper Cholesky factor of R⁻¹ = Uᵀ U in that order, R
-    the damped second moment; float32."""
+    the second moment, drawn toward its diagonal; float32."""
     global _kept_bytes
     if (known := _FACTORS.get(id(seen.second))) is not None and known[0] is seen.second:
         return known[1:]
     order = seen.power.argsort(descending=True, stable=True)
     r = seen.second[order][:, order].double()
-    r.diagonal().add_(DAMPING * seen.power.mean().double() + 1e-30)
+    r.diagonal().mul_(1 + SHRINKAGE * len(r) / (seen.tokens + PRIOR_TOKENS))
+    r.diagonal().add_(1e-9 * seen.power.mean().double() + 1e-30)  # an input that never occurs
     # R = V Vᵀ with V upper, out of a lower factor of R reversed; then R⁻¹ = Uᵀ U with U = V⁻¹, and likewise for what is
     # left of R when its first inputs are fixed.
     v = torch.linalg.cholesky(r.flip(0, 1)).flip(0, 1)

@@ -15,9 +15,11 @@ from torch import nn
 
 from romer.adc import Adc
 from romer.compensation import Compensated
+from romer.corrections import Chain
 from romer.methods import Fitted, Method
 from romer.noise import slot_name
 from romer.placement import Placement, coverage
+from romer.projection import Projected
 from romer.routers import moe_layers
 
 TILE_ROWS = Adc.tile_rows  # inputs of an array
@@ -91,5 +93,7 @@ def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted,
                 operations += weights * load * twice
     cells, products, conversions = (own / plain).tolist()
     stored, computed, _ = plain.tolist()
-    readbacks = (layout.correction is not None) + isinstance(layout.encoding, Compensated)
+    links = layout.correction.links if isinstance(layout.correction, Chain) else (layout.correction,)
+    reads = any(link is not None and not isinstance(link, Projected) for link in links)
+    readbacks = reads + isinstance(layout.encoding, Compensated)
     return Cost(cells, products, conversions, digital / stored, side / stored, operations / computed, readbacks)

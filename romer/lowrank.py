@@ -10,6 +10,7 @@ back. Outputs weigh by how much the model's loss depends on them (`romer.sensiti
 tensor: those that read the same input share B, those that are summed share A, so small experts do not pay for it each.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -105,23 +106,23 @@ def leading(
         def energy(y):  # Σ_e γ_e Δ_e R_e Δ_eᵀ y
             return (weighted @ (second @ (weighted.transpose(1, 2) @ y))).sum(0)
 
-        values, onto = _leading(energy, name, error.shape[1], rank, error)
+        values, onto = subspace(energy, name, error.shape[1], rank, error)
         return values, Path(onto=onto)
     x, second = (error * weight.sqrt()[..., None]).flatten(0, 1), slots[0].second.to(error)  # [E out, in]
-    values, left = _leading(lambda y: x @ (second @ (x.T @ y)), name, len(x), min(rank, x.shape[1]), error)
+    values, left = subspace(lambda y: x @ (second @ (x.T @ y)), name, len(x), min(rank, x.shape[1]), error)
     reads = left.T @ x
     power = reads @ second @ reads.T
-    floor = 1e-6 * power.diagonal().max() + 1e-30
-    lower = torch.linalg.cholesky(power + floor * torch.eye(len(power)).to(power))
-    reads = torch.linalg.solve_triangular(lower, reads, upper=False)
+    powers, turn = torch.linalg.eigh((power + power.T) / 2)
+    floor = 1e-6 * powers.max() + 1e-30  # a direction without inputs is not blown up
+    reads = (turn / powers.clamp(min=floor).sqrt()).T @ reads
     return values, Path(seen=second @ reads.T, reads=reads)
 
 
-def _leading(
+def subspace(
     energy: Callable[[torch.Tensor], torch.Tensor], name: str, size: int, rank: int, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues [r], falling, and eigenvectors [size, r] of a symmetric operator, by subspace iteration from a start
-    that the name decides."""
+    """Eigenvalues [r], falling, and eigenvectors [size, r] of a symmetric operator, `energy` of a block of vectors, by
+    subspace iteration from a start that the name decides; r is `rank` or `size`."""
     columns = min(rank + EXTRA, size)
     start = generator(0, 0, name, 0, "subspace").standard_normal((size, columns), "float32")
     q = torch.linalg.qr(torch.from_numpy(start).to(like)).Q
@@ -163,24 +164,34 @@ def allocate(
 
     Each tensor's gains fall with its rank, so taking the best ratio first is the best that rounding allows.
     """
-    if not 0 <= budget <= 1:
-        raise InputError(f"budget: found {budget!r}, expected 0 ≤ share ≤ 1")
-    if ranks not in RANKS:
-        raise InputError(f"ranks: found {ranks!r}, expected one of {', '.join(RANKS)}")
     prices = {}
     for name, shape in shapes.items():
         slots, outputs, inputs = shape if len(shape) == 3 else (1, *shape)
         prices[name] = slots * inputs + outputs if sums_slots(name) else slots * outputs + inputs
-    left = budget * sum(torch.Size(shape).numel() for shape in shapes.values())
+    if not 0 <= budget <= 1:
+        raise InputError(f"budget: found {budget!r}, expected 0 ≤ share ≤ 1")
+    total = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return spend(spectra, prices, budget * total, ranks)
+
+
+def spend(
+    gains: Mapping[str, torch.Tensor], prices: Mapping[str, int], numbers: float, ranks: str = "loss"
+) -> tuple[tuple[str, int], ...]:
+    """(name, rank) of what takes out most per digital number, `gains` [r] for `prices` each, for at most `numbers`; as
+    `allocate`. Raises InputError for ranks of another name and for a negative budget."""
+    if not 0 <= numbers < math.inf:
+        raise InputError(f"budget: found {numbers!r} numbers, expected a finite number ≥ 0")
+    if ranks not in RANKS:
+        raise InputError(f"ranks: found {ranks!r}, expected one of {', '.join(RANKS)}")
     offers = [
         (-gain / prices[name] if ranks == "loss" else further, name)
-        for name, gains in spectra.items()
-        for further, gain in enumerate(gains.tolist())
+        for name, each in gains.items()
+        for further, gain in enumerate(each.tolist())
         if gain > 0
     ]
-    given = dict.fromkeys(spectra, 0)
+    given = dict.fromkeys(gains, 0)
     for _, name in sorted(offers):
-        if prices[name] <= left:
-            left -= prices[name]
+        if prices[name] <= numbers:
+            numbers -= prices[name]
             given[name] += 1
     return tuple((name, rank) for name, rank in given.items() if rank)

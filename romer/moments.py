@@ -8,7 +8,7 @@ affine corrections, compensated programming and low-rank paths all follow from t
 realisation of the noise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -46,6 +46,21 @@ class Moments:
 def of(moments: Mapping[str, Moments], array: str) -> Moments | None:
     """The moments of a tensor or an expert slot, `<tensor>[slot]`; the tensor's where the slot has none of its own."""
     return moments.get(array) or moments.get(array.partition("[")[0])
+
+
+def readers(moments: Mapping[str, Moments], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Tensors of `names` by the input that they share; those whose slots have inputs of their own are left out."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if name in moments:
+            found.setdefault(id(moments[name].second), []).append(name)
+    return [tuple(group) for group in found.values()]
+
+
+def shared(moments: Mapping[str, Moments], array: str) -> Moments | None:
+    """As `of`, but of a slot whose inputs are those of all slots: the tensor's, with all of the tokens."""
+    seen, whole = of(moments, array), moments.get(array.partition("[")[0])
+    return whole if seen is not None and whole is not None and whole.second is seen.second else seen
 
 
 class _Sums:

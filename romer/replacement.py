@@ -63,6 +63,24 @@ class ReplacementPlan:
         hot, cold = order[:, :n_replace], order.flip(1)[:, :n_replace]
         return cls(tuple(map(tuple, hot.tolist())), tuple(map(tuple, cold.tolist())), form)
 
+    @classmethod
+    def trade(cls, noise: torch.Tensor, absence: torch.Tensor, most: int) -> "ReplacementPlan":
+        """At most `most` copies a layer, where the expected loss says that they pay (`romer.sensitivity.experts`): best
+        pairs first, as long as half of what the noise [L, E] of the one costs, which a second copy saves, is more than
+        what the absence [L, E] of the other costs. Form `split`."""
+        layers = []
+        for costs, without in zip(noise.double(), absence.double(), strict=True):
+            gain = costs[:, None] / 2 - without  # [hot, cold]
+            gain.fill_diagonal_(-torch.inf)
+            pairs: list[tuple[int, int]] = []
+            while len(pairs) < most and gain.max() > 0:
+                pair = divmod(gain.argmax().item(), len(gain))
+                gain[list(pair)] = gain[:, list(pair)] = -torch.inf
+                pairs.append(pair)
+            layers.append(pairs)
+        hot, cold = (tuple(tuple(pair[side] for pair in pairs) for pairs in layers) for side in (0, 1))
+        return cls(hot, cold)
+
     def to_json(self) -> dict:
         """Plain values, read back by `from_json`."""
         return {"form": self.form, "hot": [list(h) for h in self.hot], "cold": [list(c) for c in self.cold]}

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from romer.encoding import PLAIN, realise
 from romer.errors import InputError
 from romer.evaluate.perplexity import windows
 from romer.moments import Moments, of
-from romer.noise import slot_name
+from romer.noise import NoiseModel, slot_name
 from romer.placement import Placement, coverage
+from romer.routers import moe_layers
 
 PRIOR_WINDOWS = 16  # the mean of an array weighs as this many windows of an output's own
 
@@ -63,3 +65,31 @@ def collect(
         own = square / (tokens * power.to(square).clamp(min=1e-30))
         found[name] = (len(rows) * own + PRIOR_WINDOWS * own.mean(-1, keepdim=True)) / (len(rows) + PRIOR_WINDOWS)
     return found
+
+
+@torch.no_grad()
+def experts(
+    model: nn.Module,
+    noise: NoiseModel,
+    realisation: int,
+    moments: Mapping[str, Moments],
+    sensitivity: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the noise of its arrays, what its absence is expected to cost) of every expert, in nats a token, float32
+    [L, E] on the CPU: ½ Σ_o γ_o (Δ R Δᵀ)_oo of one realisation's errors Δ (one that is for calibration), and of all of
+    down_proj's weights."""
+    noisy, absent = [], []
+    for path, block in moe_layers(model):
+        costs, without = 0.0, 0.0
+        for tensor in ("gate_up_proj", "down_proj"):
+            name = f"{path}.experts.{tensor}"
+            weight = block.experts.get_parameter(tensor).float()
+            error = realise(PLAIN, noise, name, weight, realisation) - weight
+            weigh = sensitivity[name].to(weight) / 2
+            second = torch.stack([of(moments, slot_name(name, i)).second for i in range(len(weight))])
+            costs = costs + (weigh * (error @ second * error).sum(2)).sum(1)
+            if tensor == "down_proj":
+                without = (weigh * (weight @ second * weight).sum(2)).sum(1)
+        noisy.append(costs)
+        absent.append(without)
+    return torch.stack(noisy).cpu(), torch.stack(absent).cpu()

@@ -10,7 +10,7 @@ import pytest
 from romer.chips.pcm import Pcm
 from romer.errors import InputError
 from romer.noise import Conductance, NoiseModel
-from romer.report.frontier import picture, taken_back
+from romer.report.frontier import picture, places, taken_back
 from romer.stages.frontier import later
 from romer.statistics import paired
 
@@ -118,6 +118,15 @@ def test_the_picture_is_written_twice_the_same(tmp_path):
     with pytest.raises(InputError, match="frontier: found no rows"):
         picture(table.iloc[:0], tmp_path)
     assert picture(table.assign(recovered=math.nan), tmp_path, "empty")[0].stat().st_size  # noise that took nothing
+
+
+def test_places_have_a_picture_of_their_own(tmp_path):
+    table = taken_back(records(), costs())
+    first = places(table, tmp_path, "a")[0].read_bytes()
+    assert first == places(table, tmp_path, "b")[0].read_bytes()
+    moved = table.assign(recovered=table["recovered"].where(table["experiment"] != "chips", 0.1))
+    assert first != places(moved, tmp_path, "c")[0].read_bytes()
+    assert places(table[table["experiment"] == "methods"], tmp_path, "d") is None
 
 
 def test_a_chip_later_on_is_the_same_but_for_its_drift():

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from romer.errors import InputError
+from romer.moments import collect
 from romer.noise import NoiseModel, slot_name
+from romer.placement import Placement
 from romer.profiling import profile
 from romer.programming import program
 from romer.replacement import ReplacementPlan
 from romer.routers import moe_layers
 from romer.routing import apply, split_over_copies
+from romer.sensitivity import collect as weigh
+from romer.sensitivity import experts
 
 ACTIVATION = torch.rand(3, 12, generator=torch.Generator().manual_seed(5))
 NOISE = NoiseModel(0.1)
@@ -245,3 +249,35 @@ def test_a_second_copy_halves_the_variance_of_a_hot_experts_error(olmoe):
     tolerance = 4 * (double - 0.5 * single).std() / math.sqrt(len(errors)) / single.mean()
     assert tolerance < 0.1
     assert abs(double.mean() / single.mean() - 0.5) < tolerance
+
+
+def test_copies_are_traded_only_where_the_expected_loss_says_that_they_pay():
+    noise = torch.tensor([[1.0, 8.0, 3.0, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    absence = torch.tensor([[2.0, 9.0, 5.0, 0.1], [0.6, 9.0, 9.0, 9.0]])
+    plan = ReplacementPlan.trade(noise, absence, 2)
+    assert plan.hot == ((1,), ()) and plan.cold == ((3,), ())  # 3 / 2 < 2: the second pair would not pay
+    cheap = ReplacementPlan.trade(noise, absence / 10, 2)
+    assert cheap.hot == ((1, 2), (1,)) and cheap.cold == ((3, 0), (0,))  # 1 / 2 < 0.9
+    assert ReplacementPlan.trade(noise, absence / 10, 1).n_replace == 1
+    full = ReplacementPlan.trade(noise, absence * 0, 4)
+    assert all(sorted((*h, *c)) == [0, 1, 2, 3] for h, c in zip(full.hot, full.cold, strict=True))
+
+
+def test_what_an_expert_s_noise_and_absence_cost(model, ids):
+    """Noise goes with its variance and an expert that nobody chooses costs nothing; a layer without copies routes as
+    before."""
+    moments = collect(model, ids, 64)
+    weights = weigh(model, ids, moments, Placement(), 64)
+    noisy, absent = experts(model, NoiseModel(0.1), 0, moments, weights)
+    twice, same = experts(model, NoiseModel(0.2), 0, moments, weights)
+    torch.testing.assert_close(twice, 4 * noisy, rtol=1e-4, atol=0)
+    assert same.equal(absent) and (noisy >= 0).all() and noisy.shape == absent.shape
+    path, block = moe_layers(model)[0]
+    block.experts.down_proj.data[1] = 0
+    weights[f"{path}.experts.gate_up_proj"][1] = 0  # its gradients vanish with its outputs
+    noisy, absent = experts(model, NoiseModel(0.1), 0, moments, weights)
+    assert noisy[0, 1] == 0 and absent[0, 1] == 0
+    plan = ReplacementPlan.trade(noisy, absent, 1)
+    assert plan.cold[0] == (1,)
+    with apply(model, plan):
+        assert model(ids[None, :64], use_cache=False).logits.isfinite().all()

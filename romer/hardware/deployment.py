@@ -16,6 +16,7 @@ from romer.hardware.tiles import KINDS
 from romer.lowrank import LowRank
 from romer.methods import Fitted, Method
 from romer.placement import Placement, coverage
+from romer.projection import Projected
 from romer.routers import moe_layers
 
 
@@ -102,5 +103,5 @@ def deployed(
         tuple(map(frozenset, slots)) if any(slots) else (),
         calibration is not None and calibration.strength > 0,
         min((link.least_inputs for link in links if isinstance(link, Affine)), default=None),
-        sum(share(link, model, own) for link in links if isinstance(link, LowRank)),
+        sum(share(link, model, own) for link in links if isinstance(link, LowRank | Projected)),
     )

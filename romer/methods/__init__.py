@@ -31,7 +31,9 @@ class Fitted:
     activation [L, E]: eq. 6; n_replace, strength: the n of replacement and the λ of calibration chosen there; counts
     [L, E]: tokens that chose the expert; moments: of every array's inputs, by name, for methods that learn from them;
     sensitivity: of the loss to every output, by tensor, for methods that weigh errors; these also see the operating
-    point's noise on one realisation that no report shows. known: what methods have worked out from all this.
+    point's noise on one realisation that no report shows; expert_noise, expert_absence [L, E]: what the noise of an
+    expert and what its absence are expected to cost, where experts are analog. known: what methods have
+    worked out from all this.
     """
 
     activation: torch.Tensor
@@ -43,6 +45,8 @@ class Fitted:
     noise: NoiseModel | None = None
     placement: Placement = Placement()
     realisation: int = 0
+    expert_noise: torch.Tensor | None = None
+    expert_absence: torch.Tensor | None = None
     known: dict = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -55,8 +59,9 @@ class Method:
 
     noisy: whether the arrays are. For complete options: defaults, those that a caller leaves out, from what was fitted;
     routing, the replacement plan and router calibration; layout, how the model's weights sit on arrays; placement, what
-    it makes of the run's placement. learns: whether the layout needs `Fitted.moments`; weighs: whether it needs
-    `Fitted.sensitivity` and the noise, too.
+    it makes of the run's placement. learns: whether the layout needs `Fitted.moments`; correlations:
+    whether it follows how inputs are correlated, which takes more text; weighs: whether it needs `Fitted.sensitivity`
+    and the noise, too.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Method:
     layout: Callable[[nn.Module, Fitted, Mapping], Layout] = lambda model, fitted, options: Layout()
     placement: Callable[[Placement], Placement] = lambda placement: placement
     learns: bool = False
+    correlations: bool = False
     weighs: bool = False
 
     def options(self, fitted: Fitted, given: Mapping) -> dict:

@@ -20,5 +20,6 @@ register(
         defaults=lambda fitted: {"block": 32, "read_error": 0.0},
         layout=lambda model, fitted, o: Layout(encoding(fitted, o)),
         learns=True,
+        correlations=True,
     )
 )

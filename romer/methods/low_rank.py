@@ -20,7 +20,7 @@ def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = 
     decided on a realisation for calibration, once for all uses of `fitted`."""
     if fitted.noise is None:
         raise InputError("low-rank path: nothing is known of the noise that the ranks are for")
-    known = fitted.known.get(("spectra", encoding))
+    known = fitted.known.get(("spectra", encoding)) if budget else {}
     if known is None:
         known = spectra(
             model, fitted.noise, fitted.realisation, fitted.placement, encoding, fitted.moments, fitted.sensitivity
@@ -41,4 +41,13 @@ def layout(model: nn.Module, fitted: Fitted, o: Mapping, encoding: Encoding = PL
     return Layout(encoding, correction=correction, refit=o["refit"], read_error=float(o["read_error"]))
 
 
-register(Method("low_rank", defaults=lambda fitted: dict(DEFAULTS), layout=layout, learns=True, weighs=True))
+register(
+    Method(
+        "low_rank",
+        defaults=lambda fitted: dict(DEFAULTS),
+        layout=layout,
+        learns=True,
+        correlations=True,
+        weighs=True,
+    )
+)

@@ -1,34 +1,61 @@
-"""Low-rank paths on what compensated programming leaves (`block` 0: on plain arrays) and, where calibration text says
-so, a scale and offset of each output and the paper's replacement: cells as the plain layout has, a small digital share,
-nothing trained."""
+"""Strong input directions kept off the arrays (`projected`, their share of the budget), low-rank paths on what
+compensated programming leaves (`block` 0: on plain arrays) and, where it pays, a scale and offset of each output and
+copies of experts: cells as the plain layout has, a small digital share, nothing trained."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
+from romer.corrections import Chain
 from romer.encoding import PLAIN, Layout
-from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, register, romer_replacement
+from romer.errors import InputError
+from romer.lowrank import LowRank
+from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, register
+from romer.methods.projection import projected
+from romer.projection import Projected, without
+from romer.replacement import ReplacementPlan
+
+DEFAULTS = {"projected": 0.5, "block": 32, "affine": False, "n_replace": 0}
 
 
 def layout(model: nn.Module, fitted: Fitted, o: Mapping) -> Layout:
-    """Every block is read back while it is programmed, and the finished array once more."""
-    encoding = compensated_programming.encoding(fitted, o) if o["block"] else PLAIN
-    return low_rank.layout(model, fitted, o, encoding, o["affine"])
+    """Every block is read back while it is programmed, and the finished array once more. What is projected comes last:
+    the other corrections are those of what arrays return, and its products are exact."""
+    budget, share = float(o["budget"]), float(o["projected"])
+    if not 0 <= share <= 1:
+        raise InputError(f"romer_plus: projected: found {share}, expected 0 ≤ share of the budget ≤ 1")
+    first = projected(model, fitted, share * budget, o["ranks"])
+    left = replace(fitted, moments=without(fitted.moments, first.taken), known=_known(fitted, first.ranks))
+    encoding = compensated_programming.encoding(left, o) if o["block"] else PLAIN
+    rest = low_rank.layout(model, left, o | {"budget": (1 - share) * budget}, encoding, o["affine"])
+    links = rest.correction.links if isinstance(rest.correction, Chain) else (rest.correction,)
+    links = [link for link in (*links, first) if not isinstance(link, Projected | LowRank) or link.ranks]
+    return replace(rest, correction=Chain(tuple(links)) if len(links) > 1 else links[0] if links else None)
+
+
+def _known(fitted: Fitted, ranks: tuple[tuple[str, int], ...]) -> dict:
+    """What was worked out for what arrays are left with behind these directions."""
+    return fitted.known.setdefault(("behind", ranks), {}) if ranks else fitted.known
 
 
 def routing(fitted: Fitted, o: Mapping) -> Routing:
-    """The paper's replacement, by a copy that shares its tokens (`split`), where n_replace > 0."""
-    plan = romer_replacement.plan(fitted, {"replacement": "split"} | o) if o["n_replace"] else None
-    return plan, None
+    """At most n_replace experts of a layer are copied, where the expected loss says that it pays."""
+    if not o["n_replace"]:
+        return None, None
+    if fitted.expert_noise is None:
+        raise InputError("romer_plus: n_replace: nothing is known of what experts' noise costs")
+    return ReplacementPlan.trade(fitted.expert_noise, fitted.expert_absence, o["n_replace"]), None
 
 
 register(
     Method(
         "romer_plus",
-        defaults=lambda fitted: low_rank.DEFAULTS | {"block": 32, "affine": False, "n_replace": 0},
+        defaults=lambda fitted: low_rank.DEFAULTS | DEFAULTS,
         layout=layout,
         routing=routing,
         learns=True,
+        correlations=True,
         weighs=True,
     )
 )

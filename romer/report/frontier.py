@@ -25,7 +25,7 @@ from romer.statistics import paired
 EXPERIMENTS = ("methods", "budget", "read", "scaled", "limits", "chips", "drift")
 CONDITIONS = ("scale", "celsius", "seconds", "noise_in")  # of a record's options: where it was measured, not what
 ORIGINS = {"fitted_on": "ranks of {}", "routing": "{} routing"}  # of a record's options: what was not its own
-LOWEST = -1.0  # recovered fraction that the picture shows; what lies below is named
+LOWEST, HIGHEST = -1.0, 1.5  # recovered fractions that the picture shows; what lies below is named
 PAPER = ("romer", "romer_replacement", "romer_calibration")  # the paper's own methods
 CAPTION = (
     "Recovered: share of the noise's ln(ppl) that a method takes back, with its interval over realisations. side:"
@@ -49,6 +49,7 @@ LOOK = {
     "channel_affine": ("channel affine", COLOURS[4], "^"),
     "compensated_programming": ("compensated programming", COLOURS[2], "P"),
     "low_rank": ("low-rank paths", "#56606b", "o"),
+    "projection": ("projection", "#7f3c8d", "h"),
     "romer_plus": ("romer_plus", COLOURS[0], "*"),
 }
 
@@ -96,7 +97,8 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
             clean = methods[(methods["model"] == model) & (methods["method"] == "clean")].head(1)
             vanilla = here[(here["method"] == "vanilla") & (here["origin"] == "")]
             if vanilla.empty and experiment in ("read", "limits") and where == "{}":
-                vanilla = methods[(methods["model"] == model) & (methods["method"] == "vanilla")]
+                at = (methods["model"] == model) & (methods["chip"] == chip) & (methods["temperature_c"] == t)
+                vanilla = methods[at & (methods["method"] == "vanilla")]
             if clean.empty or vanilla.empty:
                 raise InputError(f"records: {model}, ppl:{experiment} on {chip} {where} has no clean or no vanilla row")
             others = {"p_average": here[(here["method"] == "average") & (here["what"] == '{"copies": 2}')]}
@@ -146,10 +148,11 @@ def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> 
                 for method, group in rows.groupby("method", sort=False):
                     _, colour, marker = LOOK.get(method, (method, "grey", "o"))
                     _points(panel, group[key], group, colour, marker)
-                for row in rows[rows["recovered"] < LOWEST].itertuples():
+                hidden = rows[rows["recovered"] < LOWEST].sort_values("recovered")
+                for line, row in enumerate(hidden.itertuples()):
                     whose, colour, _ = LOOK.get(row.method, (row.method, "grey", "o"))
-                    words, at = f"{whose} {row.recovered:.1f}, below", (getattr(row, key), LOWEST)
-                    panel.annotate(words, at, (3, 3), textcoords="offset points", fontsize=7, color=colour)
+                    at, place = (0.98, 0.02 + 0.07 * line), {"xycoords": "axes fraction", "ha": "right"}
+                    panel.annotate(f"{whose} {row.recovered:.1f}, below", at, fontsize=7, color=colour, **place)
             column[0].set_title(model, weight="bold", fontsize=9)
             for panel, label in zip(
                 column, ("digital share (%)", "cells (× vanilla)", "energy (× vanilla)"), strict=True
@@ -158,7 +161,8 @@ def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> 
                 panel.axhline(0, color="black", lw=0.8)
                 panel.axhline(1, color="grey", lw=0.8, ls=":")
                 panel.grid(alpha=0.25, lw=0.5)
-                panel.set_ylim(bottom=max(LOWEST, panel.get_ylim()[0]))
+                low, high = panel.get_ylim()
+                panel.set_ylim(max(LOWEST, low), min(HIGHEST, high))
         for panel in panels[:, 0]:
             panel.set_ylabel("recovered fraction")
         present = [m for m in LOOK if (table["method"] == m).any()]
@@ -167,9 +171,51 @@ def picture(table: pd.DataFrame, folder: str | Path, name: str = "frontier") -> 
         return save(figure, folder, name)
 
 
+def places(table: pd.DataFrame, folder: str | Path, name: str = "frontier_chips") -> tuple[Path, Path] | None:
+    """Recovered fraction of every method at every place, a panel a model: the operating point, chips with errors of
+    their own, and these later on; hollow where ranks are those of the operating point.
+
+    table: of `taken_back`. Writes `name`.png and `name`.svg in `folder`, returns their paths; None where there is no
+    place but the operating point.
+    """
+    shown = table[table["experiment"].isin(("methods", "chips", "drift")) & table["recovered"].notna()]
+    shown = shown[(shown["method"] != "vanilla") & ~shown["setting"].str.contains("refit=False")]
+    chips = table.loc[table["experiment"].isin(("chips", "drift")), "method"]
+    shown = shown[shown["method"].isin(chips)]
+    if not len(chips):
+        return None
+    where = shown["chip"] + "\n" + shown["temperature_c"].map("{:g} °C".format)
+    shown = shown.assign(place=where + shown["where"].map(lambda words: f"\n{words}" if words else ""))
+    at, methods = list(dict.fromkeys(shown["place"])), [m for m in LOOK if (shown["method"] == m).any()]
+    with matplotlib.rc_context(STYLE):
+        models = list(dict.fromkeys(shown["model"]))
+        figure = Figure(figsize=(9.5, 0.8 + 1.7 * len(models)), layout="constrained")
+        for panel, model in zip(figure.subplots(len(models), 1, sharex=True, squeeze=False)[:, 0], models, strict=True):
+            rows = shown[shown["model"] == model]
+            for offset, method in enumerate(methods):
+                _, colour, marker = LOOK[method]
+                for moved, group in rows[rows["method"] == method].groupby(rows["setting"].str.contains("ranks of")):
+                    x = (
+                        group["place"].map(at.index)
+                        + 0.13 * (offset - len(methods) / 2)
+                        + 0.13 * moved * len(methods) / 2
+                    )
+                    _points(panel, x, group, colour, marker, "none" if moved else colour)
+            panel.set_title(model, weight="bold", fontsize=9)
+            panel.set_ylabel("recovered")
+            panel.set_ylim(max(LOWEST, panel.get_ylim()[0]), 1.1)
+            panel.axhline(0, color="black", lw=0.8)
+            panel.axhline(1, color="grey", lw=0.8, ls=":")
+            panel.grid(alpha=0.25, lw=0.5, axis="y")
+        panel.set_xticks(range(len(at)), at)
+        keys = [Line2D([], [], color=LOOK[m][1], marker=LOOK[m][2], ls="", label=LOOK[m][0]) for m in methods]
+        figure.legend(handles=keys, loc="outside right upper", frameon=False)
+        return save(figure, folder, name)
+
+
 def _budget(panel: Axes, rows: pd.DataFrame) -> None:
     """Curves over digital share; copies as level lines."""
-    for method in ("low_rank", "romer_plus"):
+    for method in ("low_rank", "projection", "romer_plus"):
         group = rows[rows["method"] == method].sort_values("side")
         if len(group):
             _, colour, marker = LOOK[method]
@@ -182,8 +228,9 @@ def _budget(panel: Axes, rows: pd.DataFrame) -> None:
                        fontsize=7, color=LOOK["average"][1], textcoords="offset points")  # fmt: skip
 
 
-def _points(panel: Axes, x: pd.Series, rows: pd.DataFrame, colour: str, marker: str) -> None:
+def _points(panel: Axes, x: pd.Series, rows: pd.DataFrame, colour: str, marker: str, face: str | None = None) -> None:
     low, high = (
         (rows[c].fillna(rows["recovered"]) - rows["recovered"]).abs() for c in ("recovered_low", "recovered_high")
     )
-    panel.errorbar(x, rows["recovered"], yerr=[low, high], fmt=marker, color=colour, ms=5, elinewidth=0.8, capsize=2)
+    panel.errorbar(x, rows["recovered"], yerr=[low, high], fmt=marker, color=colour, mfc=face or colour, ms=5,
+                   elinewidth=0.8, capsize=2)  # fmt: skip

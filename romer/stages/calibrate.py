@@ -106,11 +106,12 @@ def fit(comparison: Comparison, target: float, converter: Converter | None) -> t
 def identify(comparison: Comparison, target: float, bits: Iterable[int], chip_layers: list[float] | None) -> list[dict]:
     """One row for each ADC resolution: the σ_dev that meets the same target with it, and what the layers then say.
 
-    KL alone does not tell device noise from conversion noise: every row meets the target equally well.
+    KL alone does not tell device noise from conversion noise: every row meets the target equally well. Where the chip
+    has no ADC, its range is that of what occurs, because clipping is neither.
     """
     rows = []
     for b in bits:
-        adc = replace(comparison.job.chip.adc or Adc(), bits=b)
+        adc = replace(comparison.job.chip.adc or Adc(percentile=100.0), bits=b)
         row = {"bits": b, "sigma_dev": math.nan, "kl": math.nan, "evaluations": 0, "layer_distance": None}
         converter = comparison.converter(adc)
         try:

@@ -12,7 +12,7 @@ Experiments around one operating point, each on the same realisations:
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +30,7 @@ from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
 from romer.probes import all_but, present
 from romer.routing import apply
+from romer.sensitivity import experts
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
 from romer.stages.hardware import settings
@@ -39,37 +40,39 @@ from romer.tracking import Run
 
 PLUS = "romer_plus"
 CORRECTED = ("low_rank", PLUS)  # what reads finished arrays back
+SHARES = (0.0, 0.5, 1.0)  # of the budget, that projection may have
 BEFORE = ("vanilla", "average")  # what others are held against everywhere
 
 
 class Bench:
-    """Makes probes of one model, whose options are complete and whose ranks are chosen once a place."""
+    """Makes probes of one model at a place: home, or a chip of its own errors, whose options are complete and whose
+    ranks are chosen once. chosen: options of romer_plus there."""
 
-    def __init__(self, model: nn.Module, fitted: Fitted, chosen: Mapping):
-        self.model, self.fitted, self.chosen = model, fitted, chosen
+    def __init__(self, model: nn.Module, fitted: Fitted, chip: str | None = None, celsius: float | None = None):
+        self.model, self.fitted, self.chip, self.chosen = model, fitted, chip, {}
+        self.about = {} if chip is None else {"celsius": celsius}
 
     def probe(
         self,
         task: str,
         name: str,
         realisation: int,
-        noise: NoiseModel,
         given: Mapping | None = None,
         about: Mapping | None = None,
-        fitted: Fitted | None = None,
-        chip: str | None = None,
+        noise: NoiseModel | None = None,
+        home: "Bench | None" = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> Probe:
         """given: options of the method; about: what else its record says, with `noise_in` noise in that part alone;
-        fitted: at another place; around: as of `Probe`."""
-        method, fitted = get(name), fitted or self.fitted
-        given = (dict(self.chosen) if name == PLUS else {}) | dict(given or {})
-        options = method.options(fitted, given)
-        layout = method.layout(self.model, fitted, options) if method.noisy else None
-        if about and "noise_in" in about:
-            layout = replace(layout, digital=all_but(self.model, fitted.placement, about["noise_in"]))
-        on, realisation = (noise, realisation) if method.noisy else (None, CLEAN)
-        return Probe(task, name, options | dict(about or {}), realisation, on, layout, around, chip, given)
+        noise: another than this place's; home: where the method was fitted, else here; around: as of `Probe`."""
+        method, at, about = get(name), home or self, self.about | dict(about or {})
+        given = (dict(at.chosen) if name == PLUS else {}) | dict(given or {})
+        options = method.options(at.fitted, given)
+        layout = method.layout(self.model, at.fitted, options) if method.noisy else None
+        if "noise_in" in about:
+            layout = replace(layout, digital=all_but(self.model, at.fitted.placement, about["noise_in"]))
+        on, realisation = (noise or self.fitted.noise, realisation) if method.noisy else (None, CLEAN)
+        return Probe(task, name, options | about, realisation, on, layout, around, self.chip, given)
 
 
 def later(noise: NoiseModel, seconds: float) -> NoiseModel:
@@ -83,73 +86,70 @@ def later(noise: NoiseModel, seconds: float) -> NoiseModel:
     return replace(noise, errors=tuple(errors))
 
 
-def limits(bench: Bench, noise: NoiseModel, routing: Routing, realisation: int) -> list[Probe]:
+def limits(bench: Bench, routing: Routing, realisation: int) -> list[Probe]:
     """What is left of the loss behind romer_plus, and where it comes from."""
     task = "ppl:limits"
     replayed = {"about": {"routing": "clean"}, "around": partial(routing.of, CLEAN)}
     probes = [
-        bench.probe(task, PLUS, realisation, noise, {"ranks": "uniform"}),
-        bench.probe(task, PLUS, realisation, noise, {"n_replace": 0}, **replayed),
-        bench.probe(task, "vanilla", realisation, noise, **replayed),
+        bench.probe(task, PLUS, realisation, {"ranks": "uniform"}),
+        bench.probe(task, PLUS, realisation, {"n_replace": 0}, **replayed),
+        bench.probe(task, "vanilla", realisation, **replayed),
     ]
     for part, name in product(present(bench.model, bench.fitted.placement), ("vanilla", PLUS)):
-        probes.append(bench.probe(task, name, realisation, noise, about={"noise_in": part}))
+        probes.append(bench.probe(task, name, realisation, about={"noise_in": part}))
     return probes
 
 
-def listed(job: Job, bench: Bench, noise: NoiseModel, routing: Routing) -> list[Probe]:
+def listed(job: Job, home: Bench, chips: Iterable[Bench], routing: Routing) -> list[Probe]:
     """Every probe of the profile, in an order in which neighbours share a programming."""
-    size, probes = job.cfg.profile.frontier, [bench.probe("ppl:methods", "clean", CLEAN, noise)]
-    home = {"fitted_on": f"{job.cfg.chip.name}/{job.cfg.temperature.celsius}"}
-    chips = [(name, celsius, other_chip(job, name, celsius)) for name, celsius in size.chips]
+    size, noise, probes = job.cfg.profile.frontier, home.fitted.noise, [home.probe("ppl:methods", "clean", CLEAN)]
+    origin = {"fitted_on": f"{job.cfg.chip.name}/{job.cfg.temperature.celsius}"}
     for r in range(size.realisations):
-        probes += [bench.probe("ppl:methods", name, r, noise) for name in size.methods]
+        probes += [home.probe("ppl:methods", name, r) for name in size.methods]
     for r in range(size.swept.realisations):
-        swept = [(name, {"budget": float(b)}) for name, b in product(CORRECTED, size.swept.budgets)]
+        swept = [(name, {"budget": float(b)}) for name, b in product((*CORRECTED, "projection"), size.swept.budgets)]
         swept += [("vanilla", {}), *(("average", {"copies": n}) for n in size.swept.copies)]
-        probes += [bench.probe("ppl:budget", name, r, noise, given) for name, given in swept]
+        probes += [home.probe("ppl:budget", name, r, given) for name, given in swept]
         read = {"read_error": float(size.read_error)}
-        probes += [bench.probe("ppl:read", name, r, noise, read) for name in ("compensated_programming", *CORRECTED)]
+        probes += [home.probe("ppl:read", name, r, read) for name in ("compensated_programming", *CORRECTED)]
         for scale in size.scales:
-            other = replace(noise, sigma_dev=scale * noise.sigma_dev)
-            probes += [bench.probe("ppl:scaled", n, r, other, about={"scale": scale}) for n in (*BEFORE, PLUS)]
+            other, about = replace(noise, sigma_dev=scale * noise.sigma_dev), {"scale": scale}
+            probes += [home.probe("ppl:scaled", n, r, about=about, noise=other) for n in (*BEFORE, PLUS)]
     for r in range(size.limits.realisations):
-        probes += limits(bench, noise, routing, r)
-    for name, celsius, other in chips:
-        there = replace(bench.fitted, noise=other, known={})
-        for r in range(size.elsewhere):
-            at = {"celsius": celsius}
-            own = {"about": at, "fitted": there, "chip": name}
-            probes += [bench.probe("ppl:chips", method, r, other, **own) for method in size.chip_methods]
-            probes.append(bench.probe("ppl:chips", PLUS, r, other, about=at | home, chip=name))
-            if name in size.drift.chips:
-                aged = later(other, float(size.drift.seconds))
-                at = at | {"seconds": float(size.drift.seconds)}
-                own = {"about": at, "fitted": there, "chip": name}
-                probes += [bench.probe("ppl:drift", method, r, aged, **own) for method in BEFORE]
-                for refit in (True, False):
-                    probes.append(bench.probe("ppl:drift", PLUS, r, aged, {"refit": refit}, **own))
+        probes += limits(home, routing, r)
+    for there, r in product(chips, range(size.elsewhere)):
+        probes += [there.probe("ppl:chips", method, r) for method in size.chip_methods]
+        probes.append(there.probe("ppl:chips", PLUS, r, about=origin, home=home))
+        if there.chip in size.drift.chips:
+            seconds = float(size.drift.seconds)
+            aged = {"about": {"seconds": seconds}, "noise": later(there.fitted.noise, seconds)}
+            probes += [there.probe("ppl:drift", method, r, **aged) for method in BEFORE]
+            probes += [there.probe("ppl:drift", PLUS, r, {"refit": refit}, **aged) for refit in (True, False)]
     return together(probes)
 
 
-def choose(job: Job, model, fitted: Fitted, noise: NoiseModel, measure) -> tuple[dict, pd.DataFrame, list[dict]]:
-    """(options of romer_plus, every candidate's records, their points' keys), by calibration text alone: with and
-    without compensated programming, the affine step and the paper's replacement."""
-    size, block = job.cfg.profile.frontier.choice, get(PLUS).options(fitted, {})["block"]
-    every = product((block, 0), (False, True), (0, fitted.n_replace))
-    candidates = [dict(zip(("block", "affine", "n_replace"), values, strict=True)) for values in every]
-    bench, seeds = Bench(model, fitted, {}), range(size.realisations)
-    probes = [
-        bench.probe("ppl:choice", PLUS, CALIBRATION_REALISATIONS + 1 + r, noise, given)
-        for r in seeds
-        for given in candidates
-    ]
-    probes = together(probes)
-    keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens, "text": "calibration"})
-    records = measured(job, model, fitted, probes, keys, size.tokens, measure)
-    options = records.options.map(json.loads)
-    means = [records.value[[all(o[k] == v for k, v in given.items()) for o in options]].mean() for given in candidates]
-    return candidates[means.index(min(means))], records, keys
+def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataFrame, list[dict]]:
+    """Sets the options of romer_plus at a place, by calibration text alone: first with and without compensated
+    programming and projection, then, of the best, with and without the affine step and, where the expected loss has any
+    that pay, copies of experts. Returns every candidate's records and their points' keys."""
+    size, fitted = job.cfg.profile.frontier.choice, bench.fitted
+    best, tables, done = {"affine": False, "n_replace": 0}, [], []
+    copies = get(PLUS).routing(fitted, {"n_replace": fitted.n_replace})[0]
+    copies = (0, fitted.n_replace) if copies is not None and copies.n_replace else (0,)
+    blocks = get(PLUS).options(fitted, {})["block"], 0
+    for choices in ({"block": blocks, "projected": SHARES}, {"affine": (False, True), "n_replace": copies}):
+        candidates = [best | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        seeds = range(CALIBRATION_REALISATIONS + 1, CALIBRATION_REALISATIONS + 1 + realisations)
+        probes = together([bench.probe("ppl:choice", PLUS, r, given) for r, given in product(seeds, candidates)])
+        keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens, "text": "calibration"})
+        records = measured(job, bench.model, fitted, probes, keys, size.tokens, measure)
+        options = records.options.map(json.loads)
+        means = [records.value[[all(o[k] == v for k, v in c.items()) for o in options]].mean() for c in candidates]
+        best = candidates[means.index(min(means))]
+        tables, done = [*tables, records], [*done, *keys]
+    bench.chosen = best
+    job.say(f"chosen on calibration text{f' for {bench.chip}' if bench.chip else ''}: {best}")
+    return pd.concat(tables).drop_duplicates(["options", "realisation"]), done
 
 
 def prices(job: Job, model, fitted: Fitted, probes: list[Probe], ids) -> pd.DataFrame:
@@ -185,23 +185,31 @@ def main(job: Job, run: Run) -> None:
     if noise.adc is not None:
         raise InputError("frontier: noise.adc is set; corrections are only simulated without an ADC")
     read = partial(perplexity, model, window=cfg.profile.window, batch=cfg.profile.batch)
-    fitted_on = cfg.profile.fit.tokens  # by moments and gradients: candidates are compared on the text behind it
+    fitted_on = max(cfg.profile.fit.tokens, cfg.profile.fit.correlations)  # candidates are compared on text behind it
     text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
-    chosen, tried, done = choose(job, model, fitted, noise, partial(read, text))
-    job.say(f"chosen on calibration text: {chosen}")
+    home, chips = Bench(model, fitted), []
+    for name, celsius in size.chips:
+        other = other_chip(job, name, celsius)
+        costs = experts(model, other, fitted.realisation, fitted.moments, fitted.sensitivity)
+        there = replace(fitted, noise=other, known={}, expert_noise=costs[0], expert_absence=costs[1])
+        chips.append(Bench(model, there, name, celsius))
+    tried = [choose(job, home, size.choice.realisations, partial(read, text))]
+    tried += [choose(job, there, size.choice.elsewhere, partial(read, text)) for there in chips]
     ids = job.ids(tokenizer, "evaluation", size.tokens)
     routing = Routing(model, noise, job.placement, partial(read, ids))
-    probes = listed(job, Bench(model, fitted, chosen), noise, routing)
+    probes = listed(job, home, chips, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
     routing.prepare(job, probes, keys, [CLEAN])
     records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids))
     with job.write(by_hand(job)) as folder:
-        pd.concat([tried, records], ignore_index=True).to_parquet(folder / "records.parquet", index=False)
+        every = pd.concat([*(table for table, _ in tried), records], ignore_index=True)
+        every.to_parquet(folder / "records.parquet", index=False)
         prices(job, model, fitted, probes, ids).to_csv(folder / "cost.csv", index=False)
-        (folder / "choice.json").write_text(json.dumps(chosen) + "\n")
+        chosen = {"home": home.chosen} | {f"{at.chip}/{at.about['celsius']}": at.chosen for at in chips}
+        (folder / "choice.json").write_text(json.dumps(chosen, indent=1) + "\n")
         settled = [Point(p.method, p.realisation, get(p.method).options(fitted, p.given)) for p in probes]
         job.write_coverage(model, folder, fitted, settled)
-    job.points.clear([*done, *keys])
+    job.points.clear([*(key for _, done in tried for key in done), *keys])
     means = records.groupby(["task", "chip", "method", "options"]).value.agg(["mean", "min", "max", "count"])
-    run.summary({"points": len(records), **chosen})
+    run.summary({"points": len(records), **home.chosen})
     print(means.to_string(float_format="%.3f"))

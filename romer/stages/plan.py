@@ -19,6 +19,7 @@ from romer.moments import collect
 from romer.routers import moe_layers
 from romer.routing import apply
 from romer.sensitivity import collect as weigh
+from romer.sensitivity import experts
 from romer.stages.job import CALIBRATION_REALISATIONS, Job, application
 from romer.tracking import Run
 
@@ -99,10 +100,13 @@ def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
     found = load_file(folder / "activation.safetensors")
     wanted, moments, sensitivity, noise, size = [get(name) for name in names], {}, {}, None, job.cfg.profile
     if any(method.learns or method.weighs for method in wanted):
-        ids = job.ids(tokenizer, "calibration", size.fit.tokens)
-        moments = collect(model, ids, size.window, size.batch)
+        tokens = size.fit.correlations if any(method.correlations for method in wanted) else size.fit.tokens
+        moments = collect(model, job.ids(tokenizer, "calibration", tokens), size.window, size.batch)
+    costs = None, None
     if any(method.weighs for method in wanted):
+        ids = job.ids(tokenizer, "calibration", size.fit.tokens)
         sensitivity, noise = weigh(model, ids, moments, job.placement, min(size.window, 128)), job.noise()
+        costs = experts(model, noise, CALIBRATION_REALISATIONS, moments, sensitivity)
     return Fitted(
         found["fitted_on"],
         chosen["n_replace"],
@@ -113,4 +117,5 @@ def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
         noise,
         job.placement,
         CALIBRATION_REALISATIONS,
+        *costs,
     )

@@ -283,6 +283,7 @@ def write_frontier(
         words = f"{frontier.CAPTION} Text: {text_name(job)}; models: {job.cfg.profile.what}."
         tables.write(table, tables_folder, "frontier", words)
         frontier.picture(table, figures_folder, "frontier")
+        frontier.places(table, figures_folder)
 
 
 def text_name(job: Job) -> str:

@@ -148,11 +148,13 @@ def estimate(cores):
     tokens += (
         len(COSTED) * WORKLOAD["realisations"] * (len(methods) + len(WORKLOAD["n_replace"])) * size["costed"]["tokens"]
     )
-    swept = 2 * len(BESIDE["swept"]["budgets"]) + 4 + len(BESIDE["swept"]["copies"]) + 3 * len(BESIDE["scales"])
+    swept = 3 * len(BESIDE["swept"]["budgets"]) + 4 + len(BESIDE["swept"]["copies"]) + 3 * len(BESIDE["scales"])
     elsewhere = len(BESIDE["chips"]) * (len(BESIDE["chip_methods"]) + 1) + 4 * len(BESIDE["drift"]["chips"])
     beside = 1 + len(BESIDE["methods"]) * BESIDE["realisations"] + swept * BESIDE["swept"]["realisations"]
-    beside = len(FRONTIER) * (beside + elsewhere * BESIDE["elsewhere"] + 4 * BESIDE["choice"]["realisations"])
-    tokens += len(FRONTIER) * 4 * size["fit"]["tokens"] + beside * BESIDE["tokens"]
+    choice = 9 * (BESIDE["choice"]["realisations"] + len(BESIDE["chips"]) * BESIDE["choice"]["elsewhere"])
+    tokens += len(FRONTIER) * (beside + elsewhere * BESIDE["elsewhere"]) * BESIDE["tokens"]
+    tokens += len(FRONTIER) * (choice * BESIDE["choice"]["tokens"] + 3 * size["fit"]["tokens"])
+    tokens += len(FRONTIER) * size["fit"]["correlations"]
     marks = size["benchmark"]
     tokens += len(MARKED) * (1 + (len(methods) - 1) * marks["realisations"]) * 370 * (marks["items"] or 3000)
     draws = 6 * len(CALIBRATED) * size["calibrate"]["realisations"] + len(POINTS) * (2 + size["plan"]["realisations"])
