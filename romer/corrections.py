@@ -143,6 +143,13 @@ class Chain:
         return sum(own), sum(common)
 
 
+def links(correction: Correction | None) -> tuple[Correction, ...]:
+    """The single corrections that a correction, or None, is made of, in order."""
+    if correction is None:
+        return ()
+    return correction.links if isinstance(correction, Chain) else (correction,)
+
+
 @contextmanager
 def offset(model: nn.Module, offsets: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Adds offsets to the products of linear layers, routers and fused experts, by the tensor's name: [out], or

@@ -15,7 +15,7 @@ from torch import nn
 
 from romer.adc import Adc
 from romer.compensation import Compensated
-from romer.corrections import Chain
+from romer.corrections import links
 from romer.methods import Fitted, Method
 from romer.noise import slot_name
 from romer.placement import Placement, coverage
@@ -93,7 +93,6 @@ def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted,
                 operations += weights * load * twice
     cells, products, conversions = (own / plain).tolist()
     stored, computed, _ = plain.tolist()
-    links = layout.correction.links if isinstance(layout.correction, Chain) else (layout.correction,)
-    reads = any(link is not None and not isinstance(link, Projected) for link in links)
+    reads = any(not isinstance(link, Projected) for link in links(layout.correction))
     readbacks = reads + isinstance(layout.encoding, Compensated)
     return Cost(cells, products, conversions, digital / stored, side / stored, operations / computed, readbacks)

@@ -10,7 +10,6 @@ back. Outputs weigh by how much the model's loss depends on them (`romer.sensiti
 tensor: those that read the same input share B, those that are summed share A, so small experts do not pay for it each.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -168,19 +167,20 @@ def allocate(
     for name, shape in shapes.items():
         slots, outputs, inputs = shape if len(shape) == 3 else (1, *shape)
         prices[name] = slots * inputs + outputs if sums_slots(name) else slots * outputs + inputs
-    if not 0 <= budget <= 1:
-        raise InputError(f"budget: found {budget!r}, expected 0 ≤ share ≤ 1")
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    return spend(spectra, prices, budget * total, ranks)
+    return spend(spectra, prices, shapes, budget, ranks)
 
 
 def spend(
-    gains: Mapping[str, torch.Tensor], prices: Mapping[str, int], numbers: float, ranks: str = "loss"
+    gains: Mapping[str, torch.Tensor],
+    prices: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    budget: float,
+    ranks: str = "loss",
 ) -> tuple[tuple[str, int], ...]:
-    """(name, rank) of what takes out most per digital number, `gains` [r] for `prices` each, for at most `numbers`; as
-    `allocate`. Raises InputError for ranks of another name and for a negative budget."""
-    if not 0 <= numbers < math.inf:
-        raise InputError(f"budget: found {numbers!r} numbers, expected a finite number ≥ 0")
+    """(name, rank) of what takes out most per digital number, `gains` [r] for `prices` each; shapes, budget, ranks: as
+    of `allocate`. Raises InputError for a budget that is no share and for ranks of another name."""
+    if not 0 <= budget <= 1:
+        raise InputError(f"budget: found {budget!r}, expected 0 ≤ share ≤ 1")
     if ranks not in RANKS:
         raise InputError(f"ranks: found {ranks!r}, expected one of {', '.join(RANKS)}")
     offers = [
@@ -189,9 +189,10 @@ def spend(
         for further, gain in enumerate(each.tolist())
         if gain > 0
     ]
+    left = budget * sum(torch.Size(shape).numel() for shape in shapes.values())
     given = dict.fromkeys(gains, 0)
     for _, name in sorted(offers):
-        if prices[name] <= numbers:
-            numbers -= prices[name]
+        if prices[name] <= left:
+            left -= prices[name]
             given[name] += 1
     return tuple((name, rank) for name, rank in given.items() if rank)

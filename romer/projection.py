@@ -82,8 +82,7 @@ def kept(
 ) -> tuple[Directions, ...]:
     """The directions that take out most per digital number, while their numbers are at most the share `budget` of all
     weights of `shapes`; ranks: as of `romer.lowrank.spend`."""
-    total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    given = spend({name: at.gains for name, at in found.items()}, prices(found, shapes), budget * total, ranks)
+    given = spend({name: at.gains for name, at in found.items()}, prices(found, shapes), shapes, budget, ranks)
     return tuple(found[name].first(rank) for name, rank in given)
 
 

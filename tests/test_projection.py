@@ -134,6 +134,8 @@ def test_plus_takes_the_directions_off_before_it_compensates(model, fitted):
     assert (wrong @ at.onto.double()).abs().max() < 1e-4
     alone = method.layout(model, fitted, o | {"projected": 1.0})
     assert isinstance(alone.correction, Projected)
+    with pytest.raises(InputError, match="budget: found 1.5, expected 0 ≤ share"):
+        methods.get("projection").layout(model, fitted, {"budget": 1.5, "ranks": "loss"})
     with pytest.raises(InputError, match="romer_plus: projected: found 1.5, expected 0 ≤ share"):
         method.layout(model, fitted, o | {"projected": 1.5})
 

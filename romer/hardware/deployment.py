@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from romer.corrections import Affine, Chain, share
+from romer.corrections import Affine, links, share
 from romer.errors import InputError
 from romer.hardware.tiles import KINDS
 from romer.lowrank import LowRank
@@ -95,13 +95,13 @@ def deployed(
         raise InputError(f"method {method.name}: a part of {mixed[0]} is digital, expected all of it or nothing")
     digital = {kind for kind, found in kinds.items() if found == {False}} | (set() if lm_head else {"lm_head"})
     _, calibration = method.routing(fitted, options)
-    links = layout.correction.links if isinstance(layout.correction, Chain) else (layout.correction,)
+    steps = links(layout.correction)
     return Deployment(
         frozenset(KINDS) - digital,
         float(layout.encoding.cells),
         float(layout.encoding.products),
         tuple(map(frozenset, slots)) if any(slots) else (),
         calibration is not None and calibration.strength > 0,
-        min((link.least_inputs for link in links if isinstance(link, Affine)), default=None),
-        sum(share(link, model, own) for link in links if isinstance(link, LowRank | Projected)),
+        min((link.least_inputs for link in steps if isinstance(link, Affine)), default=None),
+        sum(share(link, model, own) for link in steps if isinstance(link, LowRank | Projected)),
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from romer.corrections import Chain
+from romer.corrections import Chain, links
 from romer.encoding import PLAIN, Layout
 from romer.errors import InputError
 from romer.lowrank import LowRank
@@ -29,9 +29,9 @@ def layout(model: nn.Module, fitted: Fitted, o: Mapping) -> Layout:
     left = replace(fitted, moments=without(fitted.moments, first.taken), known=_known(fitted, first.ranks))
     encoding = compensated_programming.encoding(left, o) if o["block"] else PLAIN
     rest = low_rank.layout(model, left, o | {"budget": (1 - share) * budget}, encoding, o["affine"])
-    links = rest.correction.links if isinstance(rest.correction, Chain) else (rest.correction,)
-    links = [link for link in (*links, first) if not isinstance(link, Projected | LowRank) or link.ranks]
-    return replace(rest, correction=Chain(tuple(links)) if len(links) > 1 else links[0] if links else None)
+    steps = (*links(rest.correction), first)
+    steps = tuple(step for step in steps if not isinstance(step, Projected | LowRank) or step.ranks)
+    return replace(rest, correction=Chain(steps) if len(steps) > 1 else steps[0] if steps else None)
 
 
 def _known(fitted: Fitted, ranks: tuple[tuple[str, int], ...]) -> dict:

@@ -30,7 +30,6 @@ from romer.methods import Fitted, get
 from romer.noise import Conductance, NoiseModel
 from romer.probes import all_but, present
 from romer.routing import apply
-from romer.sensitivity import experts
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
 from romer.stages.hardware import settings
@@ -189,10 +188,7 @@ def main(job: Job, run: Run) -> None:
     text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
     home, chips = Bench(model, fitted), []
     for name, celsius in size.chips:
-        other = other_chip(job, name, celsius)
-        costs = experts(model, other, fitted.realisation, fitted.moments, fitted.sensitivity)
-        there = replace(fitted, noise=other, known={}, expert_noise=costs[0], expert_absence=costs[1])
-        chips.append(Bench(model, there, name, celsius))
+        chips.append(Bench(model, plan.under(model, fitted, other_chip(job, name, celsius)), name, celsius))
     tried = [choose(job, home, size.choice.realisations, partial(read, text))]
     tried += [choose(job, there, size.choice.elsewhere, partial(read, text)) for there in chips]
     ids = job.ids(tokenizer, "evaluation", size.tokens)

@@ -6,6 +6,7 @@ helps is what the evaluation shows.
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from romer import InputError, perplexity, profile, program
 from romer.evaluate.sweep import points, sweep
 from romer.methods import Fitted, get
 from romer.moments import collect
+from romer.noise import NoiseModel
 from romer.routers import moe_layers
 from romer.routing import apply
 from romer.sensitivity import collect as weigh
@@ -101,21 +103,25 @@ def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
     wanted, moments, sensitivity, noise, size = [get(name) for name in names], {}, {}, None, job.cfg.profile
     if any(method.learns or method.weighs for method in wanted):
         tokens = size.fit.correlations if any(method.correlations for method in wanted) else size.fit.tokens
-        moments = collect(model, job.ids(tokenizer, "calibration", tokens), size.window, size.batch)
-    costs = None, None
+        ids = job.ids(tokenizer, "calibration", max(tokens, size.fit.tokens))
+        moments = collect(model, ids[:tokens], size.window, size.batch)
     if any(method.weighs for method in wanted):
-        ids = job.ids(tokenizer, "calibration", size.fit.tokens)
-        sensitivity, noise = weigh(model, ids, moments, job.placement, min(size.window, 128)), job.noise()
-        costs = experts(model, noise, CALIBRATION_REALISATIONS, moments, sensitivity)
-    return Fitted(
+        few = ids[: size.fit.tokens]
+        sensitivity, noise = weigh(model, few, moments, job.placement, min(size.window, 128)), job.noise()
+    fitted = Fitted(
         found["fitted_on"],
         chosen["n_replace"],
         chosen["strength"],
         found["counts"],
         moments,
         sensitivity,
-        noise,
-        job.placement,
-        CALIBRATION_REALISATIONS,
-        *costs,
+        placement=job.placement,
+        realisation=CALIBRATION_REALISATIONS,
     )
+    return fitted if noise is None else under(model, fitted, noise)
+
+
+def under(model: nn.Module, fitted: Fitted, noise: NoiseModel) -> Fitted:
+    """The same, for arrays with the errors of `noise`: what methods that weigh errors see."""
+    noisy, absent = experts(model, noise, fitted.realisation, fitted.moments, fitted.sensitivity)
+    return replace(fitted, noise=noise, expert_noise=noisy, expert_absence=absent, known={})
