@@ -19,12 +19,13 @@ from itertools import pairwise
 import torch
 
 from romer.errors import InputError
-from romer.moments import PRIOR_TOKENS, Moments, shared
+from romer.moments import PRIOR_TOKENS, Moments, of, shared, together
 from romer.noise import Conductance, Draws, NoiseModel, rescaled
 from romer.readback import as_read, estimate, read_sigma, unit
 
 LAZY = 6  # blocks whose effect on inputs far off is added up before it is applied: the same sums, less memory traffic
 SHRINKAGE = 0.5  # R's diagonal grows by this times inputs / tokens: regressions on few tokens fit their chance, too
+SHRINKAGE_TOGETHER = 2.0  # of experts that are made up for by one another, whose inputs are mostly 0
 
 
 class _Columns(Draws):
@@ -63,6 +64,19 @@ class _Written:
     known: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Inputs that are written together: their columns among all, the cells that hold them and their places in these;
+    largest, top: |value| of the array and what can be stored, [out, 1]; alike: as of `romer.readback.unit`."""
+
+    columns: slice
+    cells: _Columns
+    places: slice
+    largest: torch.Tensor
+    top: torch.Tensor
+    alike: torch.Tensor
+
+
 def _taken(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The columns of values [S · rows, in] in the order [S, in] of each."""
     if len(order) == 1:
@@ -87,8 +101,10 @@ class Compensated:
 
     Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
     back is what was just written: drift comes later; a reading counts as far as it can be trusted (`romer.readback`).
-    An expert that few tokens chose leans on all tokens (see `romer.moments`). Raises InputError for settings out of
-    range, an array without moments, and errors that belong to whole columns.
+    An expert that few tokens chose leans on all tokens (see `romer.moments`). Experts whose outputs are summed are
+    written as one array of many inputs, the busiest first, where it is known how they go together; a slot that is
+    written again later is on its own. Raises InputError for settings out of range, an array without moments, and errors
+    that belong to whole columns.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict, compare=False, repr=False)
@@ -155,42 +171,75 @@ class Compensated:
     ) -> None:
         """Writes arrays block by block and notes in `latest` what their cells were to hold. seen: the errors that a
         read-back of a block sees; largest, top: |value| of the array and what can be stored, [arrays · out, 1]."""
-        order, upper = self._factors(draws)  # [S, in] and [S, in, in], S = 1 where all see the same inputs
-        targets, known = _taken(values, order), torch.empty_like(values)  # all in that order
-        arrays, alike, inputs = len(draws), unit(seen, values), values.shape[1]
-        cells = _Columns(draws, (len(values) // arrays, inputs), order)
+        side = self._side_by_side(seen, values, draws, largest, top)
+        if side is not None:
+            values, order, upper, blocks = side
+            arrays = 1
+        else:
+            order, upper = self._factors(draws)  # [S, in] and [S, in, in], S = 1 where all see the same inputs
+            arrays, inputs = len(draws), values.shape[1]
+            cells, alike = _Columns(draws, (len(values) // arrays, inputs), order), unit(seen, values)
+            parts = pairwise(edges(inputs, min(self.block, -(-inputs // self.least_blocks))))
+            blocks = [_Block(slice(*part), cells, slice(*part), largest, top, alike) for part in parts]
+        targets, known, inputs = _taken(values, order), torch.empty_like(values), values.shape[1]  # all in that order
 
         def apart(errors: torch.Tensor) -> torch.Tensor:  # by their factors
             return errors.view(len(order), -1, errors.shape[1])
 
-        blocks = list(pairwise(edges(inputs, min(self.block, -(-inputs // self.least_blocks)))))
         for i in range(0, len(blocks), LAZY):
-            together = blocks[i : i + LAZY]
-            first, last, kept = together[0][0], together[-1][1], []
-            for start, end in together:
-                block = slice(start, end)
-                missed = targets[:, block]
+            few = blocks[i : i + LAZY]
+            first, last, kept = few[0].columns.start, few[-1].columns.stop, []
+            for at in few:
+                columns, end, missed = at.columns, at.columns.stop, targets[:, at.columns]
                 if bounded:
                     missed = missed.clone()
-                    targets[:, block] = missed.clamp(-top, top)
-                wanted = targets[:, block]
+                    targets[:, columns] = missed.clamp(-at.top, at.top)
+                wanted = targets[:, columns]
                 if end == inputs:
-                    known[:, block] = wanted
+                    known[:, columns] = wanted
                     break
-                read = seen.store(wanted, cells.at(block), full_range=top)
+                cells = at.cells.at(at.places)
+                read = seen.store(wanted, cells, full_range=at.top)
                 if self.read_error:
-                    read = read + self.read_error * largest * cells.shared("read back", read)
-                sigma = read_sigma(seen, wanted, self.read_error, top, largest)
-                known[:, block] = estimate(read, wanted, sigma, alike, arrays)
-                error, own = apart(known[:, block] - missed), upper[:, block]
-                kept.append(torch.linalg.solve_triangular(own[:, :, block], error, upper=True, left=False))
+                    read = read + self.read_error * at.largest * cells.shared("read back", read)
+                sigma = read_sigma(seen, wanted, self.read_error, at.top, at.largest)
+                known[:, columns] = estimate(read, wanted, sigma, at.alike, arrays)
+                error, own = apart(known[:, columns] - missed), upper[:, columns]
+                kept.append(torch.linalg.solve_triangular(own[:, :, columns], error, upper=True, left=False))
                 targets[:, end:last] += (kept[-1] @ own[:, :, end:last]).flatten(0, 1)
             if last < inputs:
                 targets[:, last:] += (torch.cat(kept, 2) @ upper[:, first:last, last:]).flatten(0, 1)
         back = order.argsort(1)
-        parts = (values.chunk(arrays), *(_taken(x, back).chunk(arrays) for x in (targets, known)))
+        found = (values, _taken(targets, back), _taken(known, back))
+        parts = (x.chunk(len(draws), 0 if side is None else 1) for x in found)
         self.latest.clear()
         self.latest.update({d: _Written(seen, *one) for d, *one in zip(draws, *parts, strict=True)})
+
+    def _side_by_side(
+        self, noise: NoiseModel, values: torch.Tensor, draws: Sequence[Draws], largest: torch.Tensor, top: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[_Block]] | None:
+        """Experts whose outputs are summed as one array, as of `_write`: (values [out, E·I], order [1, E·I], U [1, E·I,
+        E·I], blocks), experts by falling power and the inputs of each; None where nothing says how they go together."""
+        count, inputs = len(draws), values.shape[1]
+        seen = together(self.moments, draws[0].tensor.partition("[")[0])
+        if count == 1 or seen is None or len(seen.second) != count * inputs:
+            return None
+        power = seen.power.view(count, inputs)
+        slots = power.sum(1).argsort(descending=True, stable=True)
+        within = power.argsort(dim=1, descending=True, stable=True)[slots]
+        order = (slots[:, None] * inputs + within).flatten()
+        tokens = torch.tensor([of(self.moments, d.tensor).tokens for d in draws]).to(power)
+        more = SHRINKAGE_TOGETHER * power.numel() / (tokens + PRIOR_TOKENS)
+        order, upper = factor(seen, order, more.repeat_interleave(inputs))
+        each, blocks = list(zip(*(x.chunk(count) for x in (values, largest, top)), strict=True)), []
+        for place, (slot, inner) in enumerate(zip(slots.tolist(), within, strict=True)):
+            own, *limits = each[slot]
+            cells = _Columns((draws[slot],), tuple(own.shape), inner[None])
+            for start in range(0, inputs, self.block):
+                end, before = min(start + self.block, inputs), place * inputs
+                columns = slice(before + start, before + end)
+                blocks.append(_Block(columns, cells, slice(start, end), *limits, unit(noise, own)))
+        return torch.cat([own for own, *_ in each], 1), order[None], upper[None], blocks
 
     def _factors(self, draws: Sequence[Draws]) -> tuple[torch.Tensor, torch.Tensor]:
         """`factor` of the inputs of each array, [S, in] and [S, in, in], once where all have the same."""
@@ -214,18 +263,21 @@ class Compensated:
 
 _FACTORS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 _kept_bytes = 0
-KEPT_BYTES = 2**28  # of factors: weights share moments, and every realisation needs them again
+KEPT_BYTES = 2**30  # of factors: weights share moments, and every realisation needs them again
 
 
-def factor(seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order [in], U [in, in]): inputs by falling power, and the upper Cholesky factor of R⁻¹ = Uᵀ U in that order, R
-    the second moment, drawn toward its diagonal; float32."""
+def factor(
+    seen: Moments, order: torch.Tensor | None = None, more: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order [in], U [in, in]): inputs by falling power, or in the order that is given, and the upper Cholesky factor
+    of R⁻¹ = Uᵀ U in that order, R the second moment with a diagonal that is `more` of itself larger; float32."""
     global _kept_bytes
     if (known := _FACTORS.get(id(seen.second))) is not None and known[0] is seen.second:
         return known[1:]
-    order = seen.power.argsort(descending=True, stable=True)
+    order = seen.power.argsort(descending=True, stable=True) if order is None else order
+    more = SHRINKAGE * len(order) / (seen.tokens + PRIOR_TOKENS) if more is None else more[order]
     r = seen.second[order][:, order].double()
-    r.diagonal().mul_(1 + SHRINKAGE * len(r) / (seen.tokens + PRIOR_TOKENS))
+    r.diagonal().mul_(1 + more)
     r.diagonal().add_(1e-9 * seen.power.mean().double() + 1e-30)  # an input that never occurs
     # R = V Vᵀ with V upper, out of a lower factor of R reversed; then R⁻¹ = Uᵀ U with U = V⁻¹, and likewise for what is
     # left of R when its first inputs are fixed.

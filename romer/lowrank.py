@@ -18,7 +18,7 @@ from torch import nn
 
 from romer.encoding import Encoding, realise
 from romer.errors import InputError
-from romer.moments import Moments, of
+from romer.moments import Moments, of, together
 from romer.noise import NoiseModel, generator, slot_name
 from romer.placement import Placement, coverage
 
@@ -99,11 +99,20 @@ def leading(
     weight = torch.ones(error.shape[:2]) if sensitivity is None else sensitivity.reshape(error.shape[:2])
     weight = weight.to(error)
     if sums_slots(name):
-        weighted = error * weight.mean(1).sqrt()[:, None, None]
-        second = torch.stack([m.second for m in slots]).to(error)
+        weights = weight.mean(1)  # of all outputs of an expert
+        if (seen := together(moments, name)) is not None and len(seen.second) == error[:, 0].numel():
+            side, second = error.transpose(0, 1).flatten(1), seen.second.to(error)
+            side = side * (weights @ torch.stack([m.power.sum() for m in slots]).to(error) / second.trace()).sqrt()
 
-        def energy(y):  # Σ_e γ_e Δ_e R_e Δ_eᵀ y
-            return (weighted @ (second @ (weighted.transpose(1, 2) @ y))).sum(0)
+            def energy(y):  # γ Σ_ef Δ_e R_ef Δ_fᵀ y
+                return side @ (second @ (side.T @ y))
+
+        else:
+            weighted = error * weights.sqrt()[:, None, None]
+            second = torch.stack([m.second for m in slots]).to(error)
+
+            def energy(y):  # Σ_e γ_e Δ_e R_e Δ_eᵀ y
+                return (weighted @ (second @ (weighted.transpose(1, 2) @ y))).sum(0)
 
         values, onto = subspace(energy, name, error.shape[1], rank, error)
         return values, Path(onto=onto)

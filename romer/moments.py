@@ -21,6 +21,7 @@ from romer.noise import slot_name
 from romer.routers import is_router, moe_layers
 
 PRIOR_TOKENS = 64  # an expert's own moments weigh as its tokens, those of all tokens as this many
+MOST_TOGETHER = 4096  # activations of all experts of a layer, up to which it is kept how they go together
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def shared(moments: Mapping[str, Moments], array: str) -> Moments | None:
     return whole if seen is not None and whole is not None and whole.second is seen.second else seen
 
 
+def together(moments: Mapping[str, Moments], tensor: str) -> Moments | None:
+    """The moments of what all slots of a tensor read whose outputs are summed, side by side and times the router's
+    weights, 0 where a slot is not chosen: second [E·I, E·I], mean [E·I]. None where they were not collected."""
+    return moments.get(f"{tensor}[:]")
+
+
 class _Sums:
     """Running sums of x xᵀ and x."""
 
@@ -82,17 +89,24 @@ class _Sums:
 
 
 class _ExpertSums:
-    """Sums over experts' inner activations: of all tokens, and of those that chose each expert."""
+    """Sums over experts' inner activations: of all tokens, of those that chose each expert and, with `all_pairs`, of
+    all experts side by side."""
 
-    def __init__(self):
+    def __init__(self, all_pairs: bool):
         self.everyone, self.chosen, self.first, self.first_chosen, self.counts, self.tokens = 0.0, 0.0, 0.0, 0.0, 0, 0
+        self.all_pairs, self.pairs, self.first_added, self.squares = all_pairs, 0.0, 0.0, 0.0
 
-    def add(self, a: torch.Tensor, chosen: torch.Tensor) -> None:
-        """a [T, E, I] float32, chosen [T, E] bool."""
+    def add(self, a: torch.Tensor, gates: torch.Tensor) -> None:
+        """a [T, E, I] float32; gates [T, E], the router's weights, 0 of those that were not chosen."""
+        chosen = gates != 0
         every, own = a.transpose(0, 1), (a * chosen[..., None]).transpose(0, 1)  # [E, T, I]
         self.everyone, self.first = self.everyone + every.transpose(1, 2) @ every, self.first + every.sum(1)
         self.chosen, self.first_chosen = self.chosen + own.transpose(1, 2) @ own, self.first_chosen + own.sum(1)
         self.counts, self.tokens = self.counts + chosen.sum(0), self.tokens + len(a)
+        if self.all_pairs:
+            added = (a * gates[..., None]).flatten(1)
+            self.pairs, self.first_added = self.pairs + added.T @ added, self.first_added + added.sum(0)
+            self.squares = self.squares + gates.square().sum()
 
     def moments(self, slot: int) -> Moments:
         """Of one expert: its own tokens' moments, leaning on those of all tokens where it has few."""
@@ -101,14 +115,27 @@ class _ExpertSums:
         second = (self.chosen[slot] + share * self.everyone[slot]) / weight
         return Moments(second, (self.first_chosen[slot] + share * self.first[slot]) / weight, n)
 
+    @property
+    def together(self) -> Moments:
+        """As of `together`, each expert leaning on all tokens as in `moments`."""
+        share = PRIOR_TOKENS / self.tokens * self.squares / self.counts.sum()  # at the mean square of a weight
+        return Moments(
+            (self.pairs + torch.block_diag(*(share * self.everyone))) / self.tokens,
+            self.first_added / self.tokens,
+            self.tokens,
+        )
+
 
 @torch.no_grad()
-def collect(model: nn.Module, ids: torch.Tensor, window: int = 512, batch: int = 2) -> dict[str, Moments]:
+def collect(
+    model: nn.Module, ids: torch.Tensor, window: int = 512, batch: int = 2, all_pairs: bool = False
+) -> dict[str, Moments]:
     """Moments of the inputs of every linear weight, router and expert slot that `ids` [T], read in windows, reach.
 
     By the tensor's name, and `<tensor>[slot]` for experts. Slots share the moments of their layer's input, whoever is
-    chosen; the inputs of down_proj are each expert's own. Weights with the same input share one object. Raises
-    InputError where there is not one whole window.
+    chosen; the inputs of down_proj are each expert's own. Weights with the same input share one object. `all_pairs`:
+    also those of `together`, in layers whose experts have MOST_TOGETHER activations or fewer. Raises InputError
+    where there is not one whole window.
     """
     sums: dict[str, _Sums] = {}
     experts: dict[str, _ExpertSums] = {}
@@ -127,12 +154,14 @@ def collect(model: nn.Module, ids: torch.Tensor, window: int = 512, batch: int =
 
     def watch_experts(path: str):
         def hook(module, args):
-            x, index = args[0].flatten(0, -2), args[1]
+            x, index, weights = args[0].flatten(0, -2), args[1], args[2]
             note(f"{path}.gate_up_proj", x)
             count = len(module.down_proj)
             gate_up = F.linear(x, module.gate_up_proj.flatten(0, 1)).unflatten(1, (count, -1))
-            chosen = torch.zeros(len(x), count, dtype=torch.bool, device=x.device).scatter_(1, index, True)
-            experts.setdefault(path, _ExpertSums()).add(module._apply_gate(gate_up).float(), chosen)
+            inner = module._apply_gate(gate_up).float()
+            gates = torch.zeros(len(x), count, device=x.device).scatter_(1, index, weights.float())
+            few = inner[0].numel() <= MOST_TOGETHER
+            experts.setdefault(path, _ExpertSums(all_pairs and few)).add(inner, gates)
 
         return hook
 
@@ -151,4 +180,6 @@ def collect(model: nn.Module, ids: torch.Tensor, window: int = 512, batch: int =
             layer = found[f"{path}.gate_up_proj"]
             found[slot_name(f"{path}.gate_up_proj", slot)] = replace(layer, tokens=count)
             found[slot_name(f"{path}.down_proj", slot)] = inner.moments(slot)
+        if inner.all_pairs:
+            found[f"{path}.down_proj[:]"] = inner.together
     return found

@@ -1,16 +1,17 @@
 """Compensated programming: less output error at the same cells, and the plain layout where it can do nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from romer.chips.pcm import Pcm
-from romer.compensation import SHRINKAGE, Compensated, edges, factor
+from romer.compensation import SHRINKAGE, SHRINKAGE_TOGETHER, Compensated, edges, factor
 from romer.corrections import Affine
 from romer.encoding import PLAIN, Layout, realise
 from romer.errors import InputError
-from romer.moments import PRIOR_TOKENS, Moments, collect
+from romer.moments import PRIOR_TOKENS, Moments, collect, together
 from romer.noise import ColumnGain, Conductance, Draws, NoiseModel
 from romer.programming import Programmed, program
 
@@ -142,12 +143,101 @@ def test_slots_are_written_together_as_one_by_one(scaling, read_error, inputs):
     pcm = NoiseModel(errors=(Conductance(Pcm(seconds=3600.0), 0.0, 25.0, scaling, compensate=True),))
     draws = [Draws(0, 0, f"w[{i}]") for i in range(3)]
     for noise in (NOISE, pcm):
-        together, alone = Compensated(moments, 16, read_error), Compensated(moments, 16, read_error)
-        found = together.store_slots(noise, slots, draws)
+        all_slots, alone = Compensated(moments, 16, read_error), Compensated(moments, 16, read_error)
+        found = all_slots.store_slots(noise, slots, draws)
         for w, d, acts in zip(slots, draws, found, strict=True):
             torch.testing.assert_close(acts, alone.store(noise, w, d), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(together.known(noise, w, d), alone.known(noise, w, d), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(all_slots.known(noise, w, d), alone.known(noise, w, d), rtol=1e-4, atol=1e-4)
     assert not found[0].equal(found[1])
+
+
+def side_by_side(count=3, inputs=8, tokens=4000, seed=3):
+    """Moments of the inputs of slots whose outputs are summed: of each, and of all side by side."""
+    whole = correlated(count * inputs, tokens=tokens, seed=seed)
+    cuts = [slice(i * inputs, (i + 1) * inputs) for i in range(count)]
+    parts = {f"w[{i}]": Moments(whole.second[c, c], whole.mean[c], tokens) for i, c in enumerate(cuts)}
+    return parts | {"w[:]": whole}, [Draws(0, 0, name) for name in parts]
+
+
+def test_a_summed_expert_takes_its_share_of_the_error_of_a_busier_one():
+    """Against the closed form, with one input each."""
+    moments, draws = side_by_side(2, 1)
+    slots = torch.randn(2, 5, 1, generator=torch.Generator().manual_seed(4))
+    found = Compensated(moments).store_slots(NoiseModel(0.3), slots, draws)
+    r = moments["w[:]"].second
+    first = int(r[1, 1] > r[0, 0])
+    error = found[first] - slots[first]
+    epsilon = 0.3 * torch.stack([d.normal("device", w) for d, w in zip(draws, slots, strict=True)])
+    torch.testing.assert_close(error, slots[first] * epsilon[first], rtol=1e-4, atol=1e-6)
+    other = 1 - first
+    share = r[0, 1] / (r[other, other] * (1 + SHRINKAGE_TOGETHER * 2 / (4000 + PRIOR_TOKENS)))
+    wanted = slots[other] - error * share
+    torch.testing.assert_close(found[other], wanted * (1 + epsilon[other]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("read_error", [0.0, 0.02])
+@pytest.mark.parametrize("block", [3, 32])
+@pytest.mark.parametrize("scaling", ["tensor", "column"])
+def test_experts_that_are_summed_lose_less_when_they_make_up_for_one_another(block, read_error, scaling):
+    """Their sum is nearer than where each makes up for itself, each with the draws and the range of its own cells."""
+    moments, draws = side_by_side()
+    own = {name: m for name, m in moments.items() if name != "w[:]"}
+    slots = torch.stack([WEIGHT[:, :8], 2 * WEIGHT[:, 8:16], 0.5 * WEIGHT[:, 16:24]])
+    pcm = NoiseModel(errors=(Conductance(Pcm(read=False), 0.0, 25.0, scaling, compensate=True),))
+    for noise in (NOISE, pcm):
+        left = {}
+        for name, known in (("alone", own), ("together", moments)):
+            encoding, left[name] = Compensated(known, block, read_error), 0.0
+            for realisation in range(5):
+                these = [replace(d, realisation=realisation) for d in draws]
+                found = encoding.store_slots(noise, slots, these)
+                error = (found - slots).transpose(0, 1).flatten(1).double()
+                left[name] += (error @ moments["w[:]"].second.double() * error).sum().item()
+        assert left["together"] < 0.9 * left["alone"]
+        written = [encoding.latest[d] for d in these]
+        assert all(at.known.shape == w.shape for at, w in zip(written, slots, strict=True))
+        if noise is pcm:
+            assert all(at.targets.abs().max() <= 1.0001 * w.abs().max() for at, w in zip(written, slots, strict=True))
+    again = Compensated(moments, block, read_error)
+    assert again.store_slots(noise, slots, these).equal(found)
+    assert again.store(noise, slots[0], draws[0]).equal(
+        Compensated(own, block, read_error).store(noise, slots[0], draws[0])
+    )
+
+
+def test_experts_that_never_go_together_are_on_their_own():
+    moments, draws = side_by_side()
+    moments["w[:]"] = replace(moments["w[:]"], second=torch.block_diag(*(moments[f"w[{i}]"].second for i in range(3))))
+    moments |= {d.tensor: replace(moments[d.tensor], tokens=10**9) for d in draws}
+    slots = torch.stack([WEIGHT[:, :8], WEIGHT[:, 8:16], WEIGHT[:, 16:24]])
+    own = {name: m for name, m in moments.items() if name != "w[:]"}
+    found = Compensated(moments, 1).store_slots(NOISE, slots, draws)
+    torch.testing.assert_close(found, Compensated(own, 1).store_slots(NOISE, slots, draws), rtol=1e-3, atol=1e-4)
+
+
+def test_how_experts_go_together_is_that_of_what_is_summed(olmoe, ids):
+    """Against the activations of each, times the weights of the router."""
+    moments, seen = collect(olmoe, ids, 64, 2, all_pairs=True), []
+    experts = olmoe.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda m, args: seen.append(args))
+    with torch.no_grad():
+        olmoe.model(ids.view(4, 64), use_cache=False)
+    handle.remove()
+    (x, index, weights), (count, _, inner) = seen[0], experts.down_proj.shape
+    sides = torch.zeros(len(x), count, inner)
+    for slot, w in enumerate(experts.gate_up_proj):
+        gates = torch.where(index == slot, weights, 0).sum(1, keepdim=True)
+        sides[:, slot] = gates * experts._apply_gate(x @ w.T)
+    found = together(moments, "model.layers.0.mlp.experts.down_proj")
+    expected = sides.flatten(1).T @ sides.flatten(1) / len(x)
+    apart = torch.block_diag(*torch.ones(count, inner, inner)) == 0
+    torch.testing.assert_close(found.second[apart], expected[apart], rtol=1e-3, atol=1e-9)
+    leaning = (found.second - expected).diagonal()
+    assert (leaning >= -1e-9).all() and leaning.sum() > 0
+    torch.testing.assert_close(found.mean, sides.flatten(1).mean(0), rtol=1e-3, atol=1e-7)
+    plain = collect(olmoe, ids, 64, 2)
+    assert set(moments) - set(plain) == {f"model.layers.{i}.mlp.experts.down_proj[:]" for i in range(2)}
+    assert all(plain[name].second.equal(moments[name].second) for name in plain)
 
 
 def test_arrays_of_few_inputs_have_several_blocks():

@@ -91,6 +91,21 @@ def test_experts_that_are_summed_share_the_outputs_of_a_path():
     assert floor <= left * (1 + 1e-9) and left <= 1.02 * floor and left < before
 
 
+def test_a_path_of_experts_that_are_summed_weighs_how_they_go_together():
+    name = "m.experts.down_proj"
+    error, whole = random(6, 24, 8, seed=8), correlated(48)
+    cuts = [slice(8 * i, 8 * i + 8) for i in range(6)]
+    moments = {slot_name(name, i): Moments(whole.second[c, c], whole.mean[c], 4000) for i, c in enumerate(cuts)}
+    values, path = leading(name, error, moments | {f"{name}[:]": whole}, None, 3)
+    side = error.transpose(0, 1).flatten(1)
+    left = energy(side - torch.cat([path.of(e) for e in error], 1), whole)
+    total = torch.linalg.eigvalsh(side.double() @ whole.second.double() @ side.double().T)
+    assert total[:-3].sum().item() * (1 - 1e-6) <= left <= 1.02 * total[:-3].sum().item()
+    torch.testing.assert_close(values.double(), total.flip(0)[:3], rtol=0.02, atol=0)
+    one_by_one = leading(name, error, moments, None, 3)[1]
+    assert left < 0.9 * energy(side - torch.cat([one_by_one.of(e) for e in error], 1), whole)
+
+
 @pytest.fixture
 def fitted(model, ids):
     moments = collect(model, ids, 64, 2)

@@ -137,6 +137,8 @@ def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataF
     copies = (0, fitted.n_replace) if copies is not None and copies.n_replace else (0,)
     blocks = get(PLUS).options(fitted, {})["block"], 0
     for choices in ({"block": blocks, "projected": SHARES}, {"affine": (False, True), "n_replace": copies}):
+        if best.get("projected") == 1:  # nothing of the budget is left to pay for the affine step
+            choices["affine"] = (False,)
         candidates = [best | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         seeds = range(CALIBRATION_REALISATIONS + 1, CALIBRATION_REALISATIONS + 1 + realisations)
         probes = together([bench.probe("ppl:choice", PLUS, r, given) for r, given in product(seeds, candidates)])

@@ -102,9 +102,10 @@ def read(job: Job, model: nn.Module, tokenizer, names: Iterable[str]) -> Fitted:
     found = load_file(folder / "activation.safetensors")
     wanted, moments, sensitivity, noise, size = [get(name) for name in names], {}, {}, None, job.cfg.profile
     if any(method.learns or method.weighs for method in wanted):
-        tokens = size.fit.correlations if any(method.correlations for method in wanted) else size.fit.tokens
+        correlations = any(method.correlations for method in wanted)
+        tokens = size.fit.correlations if correlations else size.fit.tokens
         ids = job.ids(tokenizer, "calibration", max(tokens, size.fit.tokens))
-        moments = collect(model, ids[:tokens], size.window, size.batch)
+        moments = collect(model, ids[:tokens], size.window, size.batch, correlations)
     if any(method.weighs for method in wanted):
         few = ids[: size.fit.tokens]
         sensitivity, noise = weigh(model, few, moments, job.placement, min(size.window, 128)), job.noise()
