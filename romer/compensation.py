@@ -9,6 +9,7 @@ least cost is reached by shifting the targets of the columns C still to come by 
 that over B and C alone: the second-order update of OBQ (Frantar and Alistarh 2022, arXiv:2208.11580) and GPTQ (Frantar
 et al. 2022, arXiv:2210.17323), with a device's programming error in place of a rounding error. It takes cells and run
 time as the plain layout does; what it needs is one read-back of every block, and writing blocks one after the other.
+Experts whose outputs are summed are one array in this, each a block or several of its inputs.
 """
 
 import math
