@@ -30,7 +30,8 @@ HEADING = {
     "cells_against": "cells of the other",
 }
 DECIMALS = {"mean": 2, "published": 2}  # as the paper prints perplexity; everything else in three
-WHOLE = ("realisations", "pairs", "tokens", "window", "evaluations", "n_replace", "adc_bits", "parameters", "piqa_items")
+WHOLE = ("realisations", "pairs", "tokens", "window", "evaluations", "n_replace", "adc_bits", "parameters")
+WHOLE += ("piqa_items",)
 SHORTEST = ("temperature_c", "value", "strength", "perturbed", "cells", "cells_against")
 P_VALUES = ("t_p", "t_p_holm", "wilcoxon_p", "wilcoxon_p_holm")
 SIGNIFICANT = ("sigma_dev", "sigma_low", "sigma_high", *P_VALUES)  # in three digits: they span decades
