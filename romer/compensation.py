@@ -222,8 +222,8 @@ class Compensated:
         """Experts whose outputs are summed as one array, as of `_write`: (values [out, E·I], order [1, E·I], U [1, E·I,
         E·I], blocks), experts by falling power and the inputs of each; None where nothing says how they go together."""
         count, inputs = len(draws), values.shape[1]
-        seen = together(self.moments, draws[0].tensor.partition("[")[0])
-        if count == 1 or seen is None or len(seen.second) != count * inputs:
+        seen = together(self.moments, draws[0].tensor.partition("[")[0]) if count > 1 else None
+        if seen is None:
             return None
         power = seen.power.view(count, inputs)
         slots = power.sum(1).argsort(descending=True, stable=True)

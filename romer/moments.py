@@ -67,7 +67,11 @@ def shared(moments: Mapping[str, Moments], array: str) -> Moments | None:
 def together(moments: Mapping[str, Moments], tensor: str) -> Moments | None:
     """The moments of what all slots of a tensor read whose outputs are summed, side by side and times the router's
     weights, 0 where a slot is not chosen: second [E·I, E·I], mean [E·I]. None where they were not collected."""
-    return moments.get(f"{tensor}[:]")
+    return moments.get(_all_slots(tensor))
+
+
+def _all_slots(tensor: str) -> str:
+    return f"{tensor}[:]"
 
 
 class _Sums:
@@ -181,5 +185,5 @@ def collect(
             found[slot_name(f"{path}.gate_up_proj", slot)] = replace(layer, tokens=count)
             found[slot_name(f"{path}.down_proj", slot)] = inner.moments(slot)
         if inner.all_pairs:
-            found[f"{path}.down_proj[:]"] = inner.together
+            found[_all_slots(f"{path}.down_proj")] = inner.together
     return found

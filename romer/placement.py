@@ -98,3 +98,8 @@ def coverage(model: nn.Module, placement: Placement) -> list[Coverage]:
     if not any(r.analog and r.kind != "router" for r in rows):
         raise InputError(f"placement.rule: {placement.rule!r} matches no weight of {type(model).__name__}")
     return rows
+
+
+def analog_shapes(model: nn.Module, placement: Placement) -> dict[str, tuple[int, ...]]:
+    """Shapes of the analog parameters, [out, in] or [E, out, in], by name."""
+    return {row.parameter: row.shape for row in coverage(model, placement) if row.analog}

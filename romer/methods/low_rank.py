@@ -9,7 +9,7 @@ from romer.encoding import PLAIN, Encoding, Layout
 from romer.errors import InputError
 from romer.lowrank import LowRank, allocate, spectra
 from romer.methods import Fitted, Method, register
-from romer.placement import coverage
+from romer.placement import analog_shapes
 
 LEAST_INPUTS = 128  # of an array whose outputs are scaled and shifted
 DEFAULTS = {"budget": 0.02, "ranks": "loss", "read_error": 0.0, "refit": True}
@@ -26,7 +26,7 @@ def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = 
             model, fitted.noise, fitted.realisation, fitted.placement, encoding, fitted.moments, fitted.sensitivity
         )
         fitted.known["spectra", encoding] = known
-    shapes = {row.parameter: row.shape for row in coverage(model, fitted.placement) if row.analog}
+    shapes = analog_shapes(model, fitted.placement)
     return LowRank(fitted.moments, fitted.sensitivity, allocate(known, shapes, float(budget), ranks))
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from romer.encoding import Layout
 from romer.errors import InputError
 from romer.methods import Fitted, Method, register
-from romer.placement import coverage
+from romer.placement import analog_shapes
 from romer.projection import Projected, directions, kept
 
 DEFAULTS = {"budget": 0.02, "ranks": "loss"}
@@ -19,8 +19,7 @@ def projected(model: nn.Module, fitted: Fitted, budget: float, ranks: str = "los
     if (found := fitted.known.get("directions")) is None:
         at = fitted.noise, fitted.realisation, fitted.placement, fitted.moments, fitted.sensitivity
         found = fitted.known["directions"] = directions(model, *at)
-    shapes = {row.parameter: row.shape for row in coverage(model, fitted.placement) if row.analog}
-    return Projected(kept(found, shapes, float(budget), ranks))
+    return Projected(kept(found, analog_shapes(model, fitted.placement), float(budget), ranks))
 
 
 register(
