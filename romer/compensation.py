@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import torch
 
+from romer.chips.pcm import Pcm
 from romer.errors import InputError
 from romer.moments import PRIOR_TOKENS, Moments, of, shared, together
 from romer.noise import Conductance, Draws, NoiseModel, rescaled
@@ -97,8 +98,9 @@ def edges(inputs: int, most: int) -> list[int]:
 @dataclass(frozen=True)
 class Compensated:
     """block: inputs written at a time, at most (`edges`); read_error: standard deviation of one read-back of a cell,
-    relative to the largest |w| of the array; least_blocks: of an array, whose blocks are smaller where it has few
-    inputs, because what goes wrong in the last block stays; moments: of the inputs of each array.
+    relative to the largest |w| of the array, beside the read noise that cells have of their own, read_seconds: how long
+    it takes; least_blocks: of an array, whose blocks are smaller where it has few inputs, because what goes wrong in
+    the last block stays; moments: of the inputs of each array.
 
     Blocks go in the order of falling input power, so what cannot be made up for is what matters least. What is read
     back is what was just written: drift comes later; a reading counts as far as it can be trusted (`romer.readback`).
@@ -112,6 +114,7 @@ class Compensated:
     block: int = 32
     read_error: float = 0.0
     least_blocks: int = 1
+    read_seconds: float = Pcm.read_seconds
     latest: dict = field(default_factory=dict, compare=False, repr=False)  # `_Written` by the draws of each array
 
     cells, products = 1.0, 1.0
@@ -147,7 +150,7 @@ class Compensated:
         top = largest
         if any(e.scaling == "column" for e in pairs):
             top = values.abs().amax(1, keepdim=True)
-        written = as_read(noise, written=True)
+        written = self._as_written(noise)
         if not all(self._stands(written, w, d) for w, d in zip(values.chunk(arrays), draws, strict=True)):
             self._write(written, values, draws, largest, top, bool(pairs))
         targets, one = torch.cat([self.latest[d].targets for d in draws]), (len(values) // arrays, values.shape[1])
@@ -155,6 +158,10 @@ class Compensated:
         if any(e.compensate for e in pairs):  # the mean decay, as `Conductance` takes it out of a whole array
             acts = torch.cat([rescaled(a, t) for a, t in zip(acts.chunk(arrays), targets.chunk(arrays), strict=True)])
         return acts
+
+    def _as_written(self, noise: NoiseModel) -> NoiseModel:
+        """The errors that a read-back of a block sees."""
+        return as_read(noise, written=True, read_seconds=self.read_seconds)
 
     def _stands(self, written: NoiseModel, values: torch.Tensor, draws: Draws) -> bool:
         """Whether an array with these values and errors is among those that were written last."""
@@ -257,7 +264,7 @@ class Compensated:
         values = values.float()
         if not values.any():
             return values
-        if not self._stands(as_read(noise, written=True), values, draws):
+        if not self._stands(self._as_written(noise), values, draws):
             self.store(noise, values, draws)
         return self.latest[draws].known
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from romer.chips.pcm import Pcm
 from romer.corrections import Correction
 from romer.errors import InputError
 from romer.moments import Moments, of
@@ -185,7 +186,7 @@ class Layout:
 
     refit: corrections are fitted to a read-back of the arrays when they are used, not of when they had just been
     programmed; read_error: standard deviation that the instrument adds to a cell's value in that read-back, relative to
-    the largest |w| of its array, beside the read noise that cells have of their own.
+    the largest |w| of its array, beside the read noise that cells have of their own; read_seconds: how long that takes.
     """
 
     encoding: Encoding = PLAIN
@@ -193,6 +194,7 @@ class Layout:
     correction: Correction | None = None
     refit: bool = True
     read_error: float = 0.0
+    read_seconds: float = Pcm.read_seconds
 
     def __post_init__(self):
         check_sigma("read_error", self.read_error)

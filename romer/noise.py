@@ -4,11 +4,12 @@
     noise = NoiseModel(errors=(Conductance(cells, 0.0, 25.0), ColumnGain(0.05)))   # a chip: cells first, then columns
     w_noisy = noise.realise("model.layers.0.self_attn.q_proj.weight", w, realisation=3)
 
-A realisation is one programming of the arrays. Its draws come from generators keyed by (seed, realisation, tensor,
-replica, kind), never from the global one, so they depend on nothing else: not on the order of the tensors, not on
-batches, processes or other libraries. A fused 3-D experts tensor holds one array per expert, each with generators of
-its own, so an expert slot can be reprogrammed by itself. Everything is computed in float32, whatever the weight's
-dtype is.
+A realisation is one programming of the arrays. `mirror` of it has every normal draw with the opposite sign: it is just
+as likely, and what changes in proportion to the errors cancels in the mean of both. Draws come from generators keyed by
+(seed, realisation, tensor, replica, kind), never from the global one, so they depend on nothing else: not on the order
+of the tensors, not on batches, processes or other libraries. A fused 3-D experts tensor holds one array per expert,
+each with generators of its own, so an expert slot can be reprogrammed by itself. Everything is computed in float32,
+whatever the weight's dtype is.
 """
 
 import hashlib
@@ -22,6 +23,14 @@ import torch
 
 from romer.adc import Adc, Converter
 from romer.errors import InputError
+
+CLEAN = -1  # the realisation of what has no noise
+
+
+def mirror(realisation: int) -> int:
+    """The other one of its antithetic pair (Hammersley and Morton 1956, DOI 10.1017/S0305004100031455): -2 - r for r, r
+    for -2 - r; CLEAN is its own."""
+    return 2 * CLEAN - realisation
 
 
 def key_of(seed: int, realisation: int, tensor: str, replica: int, kind: str) -> int:
@@ -54,8 +63,11 @@ class Draws:
     def shared(self, kind: str, like: torch.Tensor | tuple[int, ...]) -> torch.Tensor:
         """The same draws, not to be written to: they are kept for whoever asks next."""
         shape = tuple(like.shape) if isinstance(like, torch.Tensor) else like
-        drawn = _drawn(self.seed, self.realisation, self.tensor, self.replica, kind, shape)
-        return drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
+        mirrored = self.realisation < CLEAN
+        realisation = mirror(self.realisation) if mirrored else self.realisation
+        drawn = _drawn(self.seed, realisation, self.tensor, self.replica, kind, shape)
+        drawn = drawn.to(like.device) if isinstance(like, torch.Tensor) else drawn
+        return -drawn if mirrored else drawn
 
 
 # Layouts of one realisation share most draws, and drawing is a third of the work of programming: the latest are kept.

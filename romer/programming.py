@@ -30,6 +30,8 @@ class Programmed:
 
     def __init__(self, noise: NoiseModel, realisation: int, clean: dict[str, torch.Tensor], layout: Layout):
         self.noise, self.realisation, self.clean, self.layout = noise, realisation, clean, layout
+        corrected = layout.correction is not None
+        self.seen = as_read(noise, not layout.refit, FINISHED, layout.read_seconds) if corrected else noise
         self.offsets: dict[str, torch.Tensor] = {}  # [out], or [E, out] of fused experts, where a correction has them
         self.shared: dict[str, object] = {}  # what the corrections of a tensor's arrays have in common
 
@@ -54,11 +56,11 @@ class Programmed:
 
     def _arrays(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a tensor or a slot acts as, and what cells say that are read with noise of their own."""
-        layout, noise = self.layout, self.noise
-        acts = realise(layout.encoding, noise, name, weight, self.realisation)
-        if layout.correction is None or (seen := as_read(noise, not layout.refit, FINISHED)) is noise:
+        encoding = self.layout.encoding
+        acts = realise(encoding, self.noise, name, weight, self.realisation)
+        if self.seen is self.noise:
             return acts, acts
-        return acts, realise(layout.encoding, seen, name, weight, self.realisation)
+        return acts, realise(encoding, self.seen, name, weight, self.realisation)
 
     def _told(self, names: list[str], weight: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """What a correction is told of arrays, one below the other [arrays · out, in], that were just written and are
@@ -66,8 +68,8 @@ class Programmed:
         layout, noise, arrays = self.layout, self.noise, len(names)
         if layout.correction is None:
             return read
-        seen, values = as_read(noise, not layout.refit, FINISHED), weight.float()
-        if not (sigma := read_sigma(seen, values, layout.read_error, arrays=arrays)).any():
+        values = weight.float()
+        if not (sigma := read_sigma(self.seen, values, layout.read_error, arrays=arrays)).any():
             return read
         if not hasattr(layout.encoding, "known"):
             what = type(layout.encoding).__name__

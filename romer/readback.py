@@ -12,6 +12,7 @@ s of ξ. µ (of errors away from 0) and τ² are estimated from the readings of 
 explains, so nothing need be known of the devices but s.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,13 @@ from romer.noise import Conductance, Drift, NoiseModel
 
 BINS = 64  # of |t|, narrower toward 0, where most weights are
 LEAST_CELLS = 256  # of a group: bins with fewer are joined with the next smaller ones
+READING = {"read_error": 0.0, "read_seconds": Pcm.read_seconds}  # options of methods that read arrays back
 SURE = 3.0  # standard errors beyond which a statistic is believed, for what is beyond them
+
+
+def reading(options: Mapping) -> dict[str, float]:
+    """Those of a method's options that say how arrays are read back."""
+    return {name: float(options[name]) for name in READING}
 
 
 def _reads(error) -> bool:
@@ -29,14 +36,23 @@ def _reads(error) -> bool:
     return isinstance(error, Conductance) and isinstance(error.cells, Pcm) and error.cells.read
 
 
-def as_read(noise: NoiseModel, written: bool = False, reading: str = "back") -> NoiseModel:
+def reads_noisily(noise: NoiseModel) -> bool:
+    """Whether cells are read with noise of their own."""
+    return any(map(_reads, noise.errors))
+
+
+def as_read(
+    noise: NoiseModel, written: bool = False, reading: str = "back", read_seconds: float = Pcm.read_seconds
+) -> NoiseModel:
     """The errors that a read-back sees: those of the arrays themselves, with read noise of its own where the cells have
-    any (each `reading` another); `written`: right after programming, before drift."""
+    any (each `reading` another), less in a read that takes longer; `written`: right after programming, before drift.
+    Raises InputError for a duration that no read has."""
 
     def seen(error):
         if not (isinstance(error, Conductance) and isinstance(error.cells, Pcm)):
             return error
-        cells = replace(error.cells, reading=f" {reading}") if error.cells.read else error.cells
+        own = {"reading": f" {reading}", "read_seconds": read_seconds} if error.cells.read else {}
+        cells = replace(error.cells, **own)
         return replace(error, cells=replace(cells, seconds=Pcm.T_REFERENCE) if written else cells)
 
     errors = tuple(seen(e) for e in noise.errors if not (written and isinstance(e, Drift)))

@@ -9,12 +9,14 @@ import pytest
 
 from romer.chips.pcm import Pcm
 from romer.errors import InputError
-from romer.noise import Conductance, NoiseModel
+from romer.noise import CLEAN as NOTHING
+from romer.noise import Conductance, NoiseModel, mirror
 from romer.report.frontier import picture, places, taken_back
-from romer.stages.frontier import later
+from romer.stages.frontier import Part, later
 from romer.statistics import paired
 
 CLEAN, VANILLA = 10.0, 12.0
+PLACES = ("home", "pcm/25", "pcm/25/read_seconds=0.01")
 
 
 def row(method, value, realisation=0, options=None, task="methods", chip="table1", t=80.0):
@@ -88,6 +90,21 @@ def test_every_setting_is_held_against_vanilla_at_its_own_place():
     assert table[table["method"].isin(("romer", "romer_calibration"))]["p_paper"].isna().sum() == 1
 
 
+def test_an_antithetic_pair_counts_as_one_realisation():
+    """Of the mean ln(ppl), at the operating point, which alone has pairs."""
+    rows = records()
+    own = rows["task"].isin(["ppl:methods", "ppl:limits"]) & (rows["realisation"] != -1)
+    images = rows[own].assign(realisation=mirror(rows["realisation"]), value=rows["value"] * 1.1)
+    rows.loc[own, "value"] /= 1.1
+    paired_up, single = taken_back(pd.concat([rows, images]), costs()), taken_back(records(), costs())
+    pd.testing.assert_frame_equal(paired_up, single, rtol=1e-9)
+    with pytest.raises(InputError, match="romer_plus .*realisation 1 is there without its mirror image"):
+        taken_back(
+            pd.concat([rows, images[(images["method"] != "romer_plus") | (images["realisation"] != mirror(1))]]),
+            costs(),
+        )
+
+
 def test_a_place_without_loss_has_nothing_to_take_back():
     rows = records()
     rows.loc[(rows["method"] == "vanilla") & (rows["task"] == "ppl:chips") & (rows["realisation"] == 1), "value"] = 9.9
@@ -135,3 +152,29 @@ def test_a_chip_later_on_is_the_same_but_for_its_drift():
     assert aged.errors[0].cells == Pcm(86400.0) and aged.errors[0].scaling == "column" and aged.seed == 3
     with pytest.raises(InputError, match="drift is not known"):
         later(NoiseModel(0.1), 86400.0)
+
+
+def test_a_part_has_what_it_names_and_no_more():
+    part = Part.of({"places": ["home", "pcm/25"], "experiments": ["methods"], "realisations": [0, 2]}, PLACES)
+    assert part.at("home") and not part.at("pcm/25/read_seconds=0.01") and not part.whole
+    assert part.has("methods", 2) and not part.has("methods", 1) and not part.has("chips", 2)
+    assert (
+        part.has("methods", NOTHING) and Part.of(dict.fromkeys(("places", "experiments", "realisations")), PLACES).whole
+    )
+    everything = Part()
+    assert everything.at("anywhere") and everything.has("drift", 7)
+
+
+@pytest.mark.parametrize(
+    ("only", "what"),
+    [
+        ({"places": ["rram_a/25"]}, "places: found 'rram_a/25', expected one of home, pcm/25"),
+        ({"experiments": ["choices"]}, "experiments: found 'choices', expected one of choice, methods"),
+        ({"realisations": ["1"]}, "realisations: found '1', expected whole numbers"),
+        ({"places": "home"}, "places: found 'home', expected a list"),
+        ({"chips": ["pcm"]}, "found 'chips'; it has lists places, experiments, realisations"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(only, what):
+    with pytest.raises(InputError, match=f"profile.frontier.only.*{what}"):
+        Part.of(only, PLACES)

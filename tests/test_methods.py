@@ -13,8 +13,8 @@ from romer import methods
 from romer.adc import Adc, Converter
 from romer.errors import InputError
 from romer.evaluate.perplexity import perplexity
-from romer.evaluate.sweep import CLEAN, Point, points, sweep
-from romer.noise import NoiseModel, slot_name
+from romer.evaluate.sweep import Point, points, sweep
+from romer.noise import CLEAN, NoiseModel, slot_name
 from romer.placement import Placement, coverage
 from romer.programming import program
 from romer.replacement import ReplacementPlan

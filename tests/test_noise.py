@@ -14,8 +14,20 @@ import torch
 from scipy import stats
 
 from romer.chips.pcm import Pcm
+from romer.encoding import PLAIN, Replicated, realise
 from romer.errors import InputError
-from romer.noise import ColumnGain, Conductance, Draws, Drift, NoiseModel, Proportional, generator, slot_name
+from romer.noise import (
+    CLEAN,
+    ColumnGain,
+    Conductance,
+    Draws,
+    Drift,
+    NoiseModel,
+    Proportional,
+    generator,
+    mirror,
+    slot_name,
+)
 
 WEIGHT = torch.randn(400, 500, generator=torch.Generator().manual_seed(3))
 EXPERTS = torch.randn(4, 60, 50, generator=torch.Generator().manual_seed(4))
@@ -206,6 +218,16 @@ def test_kinds_replicas_and_realisations_are_independent_whatever_is_drawn_befor
     assert (matrix - torch.eye(n)).abs().max() < 5 / math.sqrt(N)
     again = {key: arrays[key[0]].normal(key[1], WEIGHT) for key in reversed(drawn)}
     assert all(torch.equal(again[key], drawn[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("encoding", [PLAIN, Replicated(2)], ids=["plain", "two copies"])
+def test_mirror_images_err_by_as_much_in_the_other_direction(encoding):
+    """So what changes in proportion to an error cancels in the mean of an antithetic pair."""
+    for weight in (WEIGHT, EXPERTS):
+        one, other = (realise(encoding, NoiseModel(0.2), "w", weight, r) - weight for r in (3, mirror(3)))
+        torch.testing.assert_close(one, -other, rtol=0, atol=1e-6)
+        assert one.std() > 0.1
+    assert mirror(mirror(3)) == 3 and mirror(CLEAN) == CLEAN
 
 
 @every_error

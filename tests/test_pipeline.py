@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from romer.chips.pcm import Pcm
 from romer.store import verify
 from tests.test_cli import one_line, romer
 
@@ -54,7 +55,7 @@ def test_contract_of_the_output(results):
     key = ["model", "chip", "temperature_c", "method", "options", "task", "metric", "realisation", "tokens"]
     assert not records.duplicated(key).any()
     scaled = records[records.task == "ppl:scaled"]
-    assert scaled.groupby("tokens").size().tolist() == [3, 12]  # of the frontier, of the probe
+    assert scaled.groupby("tokens").size().tolist() == [6, 12]  # of the frontier, in pairs; of the probe
     marks = records[records.task.str.startswith("lm_eval:")]
     assert len(marks.drop_duplicates(["method", "realisation"])) == 1 + 2 * 10 and marks.task.nunique() == 5
     named = "table1 table2 table3 table4 table4_map comparisons costs fig3 fig3_causes models calibration routing"
@@ -65,16 +66,38 @@ def test_contract_of_the_output(results):
     for kind in ("html", "md"):
         assert "The capital of France is" in (results / "figures" / f"fig1.{kind}").read_text()
     choice = json.loads((results / "frontier/table1/olmoe/80/choice.json").read_text())
+    assert set(choice) == {"home", "pcm/25", "pcm/25/read_seconds=0.01"}
     for place, chosen in choice.items():  # block and share of the projection, then the affine step and copies
-        rows = records[
-            (records.task == "ppl:choice") & (records.chip == place.partition("/")[0].replace("home", "table1"))
-        ]
-        tried = {json.dumps({k: json.loads(o)[k] for k in chosen}) for o in rows.options}
+        chip = place.partition("/")[0].replace("home", "table1")
+        options = records.options[(records.task == "ppl:choice") & (records.chip == chip)].map(json.loads)
+        own = [o for o in options if o["read_seconds"] == chosen.get("read_seconds", Pcm.read_seconds)]
+        tried = {json.dumps({k: o[k] for k in chosen}) for o in own}
         assert len(tried) in (7, 9) and json.dumps(chosen) in tried
     ledger = pd.read_csv(results / "claims" / "claims.csv")
     assert len(ledger) >= 20 and (ledger.basis == "measured").any() and (results / "claims" / "claims.html").exists()
     runs = {folder.name.rpartition("-")[2] for folder in (results / "wandb").glob("offline-run-*")}
     assert runs >= set(records.run_id)  # every point has its own
+
+
+def test_parts_of_the_frontier_are_put_together_by_the_whole(results, smoke_results):
+    """By hand, with a part that is measured beforehand: the same records as in one go, and its points are used."""
+    settings = ["frontier", "profile=smoke", "model=olmoe", "chip=table1", "temperature=80", f"results={smoke_results}"]
+    points = results / "points" / "frontier" / "table1-olmoe-80"
+    only = "profile.frontier.only={places: [pcm/25], realisations: [0], experiments: [choice, chips]}"
+    done = romer(*settings, only)
+    assert done.returncode == 0, done.stderr
+    assert len(list(points.iterdir())) >= 7 + 4 and not (results / "selected" / "frontier").exists()
+    process = romer(*settings)
+    assert process.returncode == 0, process.stderr
+    assert not any(points.iterdir())
+    (alone,) = (results / "selected/frontier/table1/olmoe/80").glob("*/records.parquet")
+    key = ["task", "chip", "method", "options", "realisation"]
+    found, expected = (
+        pd.read_parquet(path).set_index(key).sort_index()
+        for path in (alone, results / "frontier/table1/olmoe/80/records.parquet")
+    )
+    pd.testing.assert_series_equal(found.value, expected.value)
+    assert "places: found 'rram_a/25'" in one_line(romer(*settings, "profile.frontier.only.places=[rram_a/25]"))
 
 
 def test_calibration_meets_its_target(results):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from romer.chips.pcm import Pcm
+from romer.errors import InputError
 from romer.noise import Conductance, Draws, Drift, NoiseModel
 from romer.readback import LEAST_CELLS, _groups, as_read, estimate, read_sigma, unit
 
@@ -78,6 +79,26 @@ def test_read_noise_of_cells_is_that_of_many_reads(seconds, compensate):
     for low, high in ((0.1, 0.5), (0.5, 1.0), (1.0, 4.0)):
         cells = (WEIGHT.abs() >= low) & (WEIGHT.abs() < high)
         assert found[cells].mean().item() == pytest.approx(expected[cells].mean().item(), rel=0.05)
+
+
+def test_a_slower_read_is_less_noisy_and_known_to_be():
+    """By what 1/f noise gathers between a read of 250 ns and one of 10 ms: ln(t / 2 t_r), an hour after programming."""
+    noise = NoiseModel(errors=(replace(PCM, cells=Pcm(3600.0)),))
+    quiet = NoiseModel(errors=(replace(PCM, cells=Pcm(3600.0, read=False)),)).realise("w", WEIGHT, 0)
+    found, expected = [], []
+    for seconds in (Pcm.read_seconds, 0.01):
+        seen = as_read(noise, read_seconds=seconds)
+        found.append(mse(seen.realise("w", WEIGHT, 0), quiet))
+        expected.append(read_sigma(seen, WEIGHT).square().mean().item())
+    ratio = math.log(3600 / 0.02) / math.log(3600 / 500e-9)
+    assert expected[1] / expected[0] == pytest.approx(ratio, rel=1e-3)
+    assert found[1] / found[0] == pytest.approx(ratio, rel=0.05)  # of some 40 000 cells
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 21.0, math.nan])
+def test_a_read_takes_some_time_and_is_over_before_drift_is_first_read(seconds):
+    with pytest.raises(InputError, match="read_seconds: found"):
+        as_read(NoiseModel(errors=(PCM,)), read_seconds=seconds)
 
 
 def test_columns_of_different_ranges_are_weighed_each_by_its_own():

@@ -39,7 +39,7 @@ def as_aihwkit(seconds: float, read: bool, target: torch.Tensor, draws: Draws) -
     if not read:
         return drifted
     q = Pcm.read_q((programmed / Pcm.G_MAX_US).clamp(min=1e-6))
-    noise = drifted * q * Pcm.read_time(seconds) * draws.normal(f"{PLUS} read", target)
+    noise = drifted * q * Pcm.read_time(seconds, Pcm.read_seconds) * draws.normal(f"{PLUS} read", target)
     return (drifted + noise).clamp(min=0)
 
 

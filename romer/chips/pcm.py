@@ -20,7 +20,8 @@ from romer.noise import Draws
 @dataclass(frozen=True)
 class Pcm:
     """seconds: t after programming, at least T_REFERENCE, when drift is first read; read: whether reads add noise;
-    reading: names a further read, with noise of its own.
+    reading: names a further read, with noise of its own; read_seconds: how long a read takes, at most T_REFERENCE: what
+    is faster than a read averages out, and of its 1/f noise the slow part stays.
 
     Calling it turns target conductances (µS, float32, any shape) into those that are read, never below 0.
     """
@@ -28,15 +29,18 @@ class Pcm:
     seconds: float = 20.0
     read: bool = True
     reading: str = ""
+    read_seconds: float = 250e-9  # s, of a read in a matrix-vector product
 
     G_MAX_US = 25.0  # µS, the largest conductance that was programmed
     T_REFERENCE = 20.0  # s, of the read that the programming spread refers to
-    T_READ = 250e-9  # s, duration of a read
     TEMPERATURE_C = 25.0  # "room temperature"; the source has no other
 
     def __post_init__(self):
         if not self.T_REFERENCE <= self.seconds < math.inf:
             raise InputError(f"pcm seconds: found {self.seconds}, expected at least {self.T_REFERENCE:g}")
+        if not 0 < self.read_seconds <= self.T_REFERENCE:
+            found = f"read_seconds: found {self.read_seconds}"
+            raise InputError(f"{found}, expected more than 0 and at most {self.T_REFERENCE:g}")
 
     def __call__(self, target: torch.Tensor, draws: Draws, kind: str) -> torch.Tensor:
         g = (target / self.G_MAX_US).clamp(min=1e-6)  # of the full range; a reset cell has a logarithm, too
@@ -45,7 +49,7 @@ class Pcm:
             nu = self.drift_mean(g) + self.drift_sigma(g) * draws.shared(f"{kind} drift", target)
             conductance = conductance * (-math.log(self.seconds / self.T_REFERENCE) * nu.clamp(min=0)).exp()
         if self.read:
-            sigma = conductance * self.read_q(g) * self.read_time(self.seconds)
+            sigma = conductance * self.read_q(g) * self.read_time(self.seconds, self.read_seconds)
             conductance = (conductance + sigma * draws.shared(f"{kind} read{self.reading}", target)).clamp(min=0)
         return conductance
 
@@ -66,7 +70,8 @@ class Pcm:
         density = (-(z.square()) / 2).exp() / math.sqrt(2 * math.pi)
         square = (target.square() + sigma.square()) * torch.special.ndtr(z) + target * sigma * density
         spread = ((math.log(self.seconds / self.T_REFERENCE) * self.drift_sigma(g)) ** 2).exp()  # of drift, in the rms
-        return square.sqrt() * self.decay(target) * spread * self.read_q(g) * self.read_time(self.seconds)
+        gathered = self.read_time(self.seconds, self.read_seconds)
+        return square.sqrt() * self.decay(target) * spread * self.read_q(g) * gathered
 
     @staticmethod
     def programming_sigma(g: torch.Tensor) -> torch.Tensor:
@@ -88,7 +93,7 @@ class Pcm:
         """Q of the 1/f read noise, of g = G / 25 µS."""
         return (0.0088 * (-0.65 * g.log()).exp()).clamp(max=0.2)
 
-    @classmethod
-    def read_time(cls, seconds: float) -> float:
-        """sqrt(ln((t + t_r) / (2 t_r))): what 1/f noise has gathered at t."""
-        return math.sqrt(max(math.log((seconds + cls.T_READ) / (2 * cls.T_READ)), 0.0))
+    @staticmethod
+    def read_time(seconds: float, read_seconds: float) -> float:
+        """sqrt(ln((t + t_r) / (2 t_r))): what 1/f noise has gathered at t in a read of t_r."""
+        return math.sqrt(max(math.log((seconds + read_seconds) / (2 * read_seconds)), 0.0))

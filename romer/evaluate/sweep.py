@@ -16,12 +16,10 @@ from torch import nn
 
 from romer import methods
 from romer.errors import InputError
-from romer.noise import NoiseModel
+from romer.noise import CLEAN, NoiseModel
 from romer.placement import Placement
 from romer.programming import check_converted, program
 from romer.routing import apply
-
-CLEAN = -1  # the realisation of a point without noise
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@
 from romer.corrections import Affine
 from romer.encoding import Layout
 from romer.methods import Method, register
+from romer.readback import READING, reading
 
 register(
     Method(
         "channel_affine",
-        defaults=lambda fitted: {"read_error": 0.0, "refit": True},
+        defaults=lambda fitted: {"refit": True} | READING,
         layout=lambda model, fitted, o: Layout(
-            correction=Affine(fitted.moments, "channel"), refit=o["refit"], read_error=float(o["read_error"])
+            correction=Affine(fitted.moments, "channel"), refit=o["refit"], **reading(o)
         ),
         learns=True,
     )

@@ -10,9 +10,10 @@ from romer.errors import InputError
 from romer.lowrank import LowRank, allocate, spectra
 from romer.methods import Fitted, Method, register
 from romer.placement import analog_shapes
+from romer.readback import READING, reading
 
 LEAST_INPUTS = 128  # of an array whose outputs are scaled and shifted
-DEFAULTS = {"budget": 0.02, "ranks": "loss", "read_error": 0.0, "refit": True}
+DEFAULTS = {"budget": 0.02, "ranks": "loss", "refit": True} | READING
 
 
 def paths(model: nn.Module, fitted: Fitted, budget: float, encoding: Encoding = PLAIN, ranks: str = "loss") -> LowRank:
@@ -38,7 +39,7 @@ def layout(model: nn.Module, fitted: Fitted, o: Mapping, encoding: Encoding = PL
     correction = paths(model, fitted, budget - taken if taken <= budget else budget, encoding, o["ranks"])
     if affine and taken <= budget:
         correction = Chain((correction, step))
-    return Layout(encoding, correction=correction, refit=o["refit"], read_error=float(o["read_error"]))
+    return Layout(encoding, correction=correction, refit=o["refit"], **reading(o))
 
 
 register(

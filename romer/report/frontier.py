@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from romer.errors import InputError
+from romer.noise import CLEAN, mirror
 from romer.report.style import COLOURS, STYLE, require, save
-from romer.report.tables import measured, options_of, perplexities
+from romer.report.tables import RECORD, measured, options_of, perplexities
 from romer.statistics import paired
 
 EXPERIMENTS = ("methods", "budget", "read", "scaled", "limits", "chips", "drift")
@@ -80,10 +81,9 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     was not priced.
     """
     priced = {(r.model, r.method, r.options): r for r in costs.itertuples()}
-    table = []
-    methods = perplexities(records, "ppl:methods")
+    table, methods = [], folded(perplexities(records, "ppl:methods"))
     for experiment in EXPERIMENTS:
-        rows = perplexities(records, f"ppl:{experiment}")
+        rows = folded(perplexities(records, f"ppl:{experiment}"))
         rows = rows[rows["method"] != "clean"]
         if rows.empty:
             continue
@@ -123,6 +123,22 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
                     line[column] = paired(own, against).t_p if tested else np.nan
                 table.append(line)
     return pd.DataFrame(table, columns=COLUMNS)
+
+
+def folded(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with each antithetic pair, a realisation and its mirror image, as one: that of its mean ln(ppl). Raises
+    InputError for a row whose counterpart is missing, where there are pairs."""
+    if not (rows["realisation"] < CLEAN).any():
+        return rows
+    pair = rows["realisation"].where(rows["realisation"] >= CLEAN, mirror(rows["realisation"]))
+    groups = rows.assign(realisation=pair, value=np.log(rows["value"])).groupby(
+        [column for column in RECORD if column != "value"], sort=False, dropna=False
+    )
+    found = groups["value"].agg(["mean", "size"]).reset_index()
+    if len(alone := found[(found["size"] != 2) & (found["realisation"] != CLEAN)]):
+        where = "{model}, {method} {options} on {chip}, realisation {realisation}".format(**alone.iloc[0])
+        raise InputError(f"records: {where} is there without its mirror image, or twice")
+    return found.assign(value=np.exp(found["mean"]))[list(RECORD)]
 
 
 def _setting(what: dict, origin: str) -> str:

@@ -1,34 +1,44 @@
 """`romer frontier`: how much of the noise's loss methods take back, for which cells, digital numbers and energy.
 
-Experiments around one operating point, each on the same realisations:
+Experiments around one operating point, each on the same realisations (at the point itself, with
+`profile.frontier.antithetic`, on their mirror images, too):
 - ppl:choice    on calibration text and its own realisations: which parts of romer_plus help
 - ppl:methods   every method of `profile.frontier.methods`
 - ppl:budget    digital numbers from none to many, and copies
 - ppl:read      the corrected ones with errors in what is read back
 - ppl:scaled    the noise stronger or weaker than what ranks were chosen at
 - ppl:limits    what is left of the loss: the clean model's choice of experts, noise in one part alone, uniform ranks
-- ppl:chips     measured chips' own errors, with ranks that were chosen there and with those that were chosen here
+- ppl:chips     measured chips' own errors, with ranks that were chosen there and with those that were chosen here, and
+                with slower read-backs where a read is noisy
 - ppl:drift     such a chip later on, its corrections refitted or left as they were after programming
+
+Many processes can share the work: each measures the part that `profile.frontier.only` names, and leaves its points to a
+last one that has no part and writes the result. Choices come first, as what the others measure depends on them:
+    romer frontier 'profile.frontier.only={experiments: [choice], places: [rram_a/25]}'
+    romer frontier 'profile.frontier.only={places: [rram_a/25], realisations: [0, 1]}'
+    romer frontier
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from romer import InputError, perplexity
 from romer.chips.pcm import Pcm
 from romer.cost import cost
-from romer.evaluate.sweep import CLEAN, Point
+from romer.evaluate.sweep import Point
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
-from romer.noise import Conductance, NoiseModel
+from romer.noise import CLEAN, Conductance, NoiseModel, mirror
 from romer.probes import all_but, present
+from romer.readback import reads_noisily
 from romer.routing import apply
 from romer.stages import plan
 from romer.stages.evaluate import by_hand
@@ -38,18 +48,78 @@ from romer.stages.probe import Probe, Routing, measured, other_chip, together
 from romer.tracking import Run
 
 PLUS = "romer_plus"
+EXPERIMENTS = ("choice", "methods", "budget", "read", "scaled", "limits", "chips", "drift")
 CORRECTED = ("low_rank", PLUS)  # what reads finished arrays back
 SHARES = (0.0, 0.5, 1.0)  # of the budget, that projection may have
 BEFORE = ("vanilla", "average")  # what others are held against everywhere
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a job measures of everything. Each None, or names of places (`Bench.name`), of experiments, and
+    realisations."""
+
+    places: tuple[str, ...] | None = None
+    experiments: tuple[str, ...] | None = None
+    realisations: tuple[int, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is everything."""
+        return self == Part()
+
+    def at(self, place: str) -> bool:
+        """Whether anything is measured there."""
+        return self.places is None or place in self.places
+
+    def has(self, experiment: str, realisation: int = CLEAN) -> bool:
+        """Whether this is measured, where anything is; what has no noise is where its experiment is."""
+        drawn = self.realisations is None or realisation in (CLEAN, *self.realisations)
+        return drawn and (self.experiments is None or experiment in self.experiments)
+
+    @classmethod
+    def of(cls, only: Mapping, places: Iterable[str]) -> "Part":
+        """That of `profile.frontier.only`. Raises InputError for a name that there is not, and for what is no list."""
+        known = {"places": tuple(places), "experiments": EXPERIMENTS, "realisations": None}
+        for key, values in only.items():
+            if key not in known or not isinstance(values, list | None):
+                found = f"found {key!r}" if key not in known else f"{key}: found {values!r}, expected a list"
+                raise InputError(f"profile.frontier.only: {found}; it has lists {', '.join(known)}")
+            for value in values or ():
+                if known[key] is not None and value not in known[key]:
+                    raise InputError(
+                        f"profile.frontier.only.{key}: found {value!r}, expected one of {', '.join(known[key])}"
+                    )
+                if known[key] is None and type(value) is not int:
+                    raise InputError(f"profile.frontier.only.{key}: found {value!r}, expected whole numbers")
+        return cls(**{key: None if values is None else tuple(values) for key, values in only.items()})
+
+
+def place(chip: str | None, celsius: float | None = None, reading: Mapping | None = None) -> str:
+    """The name of a place: home, chip/celsius, or chip/celsius/option=value where arrays are read back in a way of its
+    own."""
+    if chip is None:
+        return "home"
+    return "/".join([chip, f"{celsius}", *(f"{key}={value}" for key, value in (reading or {}).items())])
+
+
 class Bench:
     """Makes probes of one model at a place: home, or a chip of its own errors, whose options are complete and whose
-    ranks are chosen once. chosen: options of romer_plus there."""
+    ranks are chosen once. reading: how arrays are read back there, where it is not as by default; part: of the work
+    that is this job's; chosen: options of romer_plus."""
 
-    def __init__(self, model: nn.Module, fitted: Fitted, chip: str | None = None, celsius: float | None = None):
-        self.model, self.fitted, self.chip, self.chosen = model, fitted, chip, {}
-        self.about = {} if chip is None else {"celsius": celsius}
+    def __init__(
+        self,
+        model: nn.Module,
+        fitted: Fitted,
+        chip: str | None = None,
+        celsius: float | None = None,
+        reading: Mapping | None = None,
+        part: Part = Part(),
+    ):
+        self.model, self.fitted, self.chip, self.reading, self.part = model, fitted, chip, dict(reading or {}), part
+        self.name = place(chip, celsius, reading)
+        self.about, self.chosen = {} if chip is None else {"celsius": celsius}, {}
 
     def probe(
         self,
@@ -61,11 +131,15 @@ class Bench:
         noise: NoiseModel | None = None,
         home: "Bench | None" = None,
         around: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> Probe:
-        """given: options of the method; about: what else its record says, with `noise_in` noise in that part alone;
-        noise: another than this place's; home: where the method was fitted, else here; around: as of `Probe`."""
+    ) -> Probe | None:
+        """None where it is not this job's. given: options of the method; about: what else its record says, with
+        `noise_in` noise in that part alone; noise: another than this place's; home: where the method was fitted, else
+        here; around: as of `Probe`."""
+        experiment = task.removeprefix("ppl:")
+        if experiment != "choice" and not (self.part.at(self.name) and self.part.has(experiment, realisation)):
+            return None
         method, at, about = get(name), home or self, self.about | dict(about or {})
-        given = (dict(at.chosen) if name == PLUS else {}) | dict(given or {})
+        given = (dict(at.chosen) if name == PLUS else self.reading if name in CORRECTED else {}) | dict(given or {})
         options = method.options(at.fitted, given)
         layout = method.layout(self.model, at.fitted, options) if method.noisy else None
         if "noise_in" in about:
@@ -85,7 +159,7 @@ def later(noise: NoiseModel, seconds: float) -> NoiseModel:
     return replace(noise, errors=tuple(errors))
 
 
-def limits(bench: Bench, routing: Routing, realisation: int) -> list[Probe]:
+def limits(bench: Bench, routing: Routing, realisation: int) -> list[Probe | None]:
     """What is left of the loss behind romer_plus, and where it comes from."""
     task = "ppl:limits"
     replayed = {"about": {"routing": "clean"}, "around": partial(routing.of, CLEAN)}
@@ -117,14 +191,24 @@ def listed(job: Job, home: Bench, chips: Iterable[Bench], routing: Routing) -> l
     for r in range(size.limits.realisations):
         probes += limits(home, routing, r)
     for there, r in product(chips, range(size.elsewhere)):
-        probes += [there.probe("ppl:chips", method, r) for method in size.chip_methods]
-        probes.append(there.probe("ppl:chips", PLUS, r, about=origin, home=home))
+        own = [name for name in size.chip_methods if name in CORRECTED or not there.reading]
+        probes += [there.probe("ppl:chips", method, r) for method in own]
+        if not there.reading:
+            probes.append(there.probe("ppl:chips", PLUS, r, about=origin, home=home))
         if there.chip in size.drift.chips:
             seconds = float(size.drift.seconds)
             aged = {"about": {"seconds": seconds}, "noise": later(there.fitted.noise, seconds)}
-            probes += [there.probe("ppl:drift", method, r, **aged) for method in BEFORE]
+            probes += [there.probe("ppl:drift", method, r, **aged) for method in BEFORE if not there.reading]
             probes += [there.probe("ppl:drift", PLUS, r, {"refit": refit}, **aged) for refit in (True, False)]
-    return together(probes)
+    return paired(job, probes)
+
+
+def paired(job: Job, probes: list[Probe | None]) -> list[Probe]:
+    """The probes, and the mirror images of those at the operating point where these are wanted, in an order in which
+    neighbours share a programming."""
+    probes = [p for p in probes if p is not None]
+    images = [replace(p, realisation=mirror(p.realisation)) for p in probes if p.chip is None and p.noise is not None]
+    return together([*probes, *images] if job.cfg.profile.frontier.antithetic else probes)
 
 
 def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataFrame, list[dict]]:
@@ -132,7 +216,7 @@ def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataF
     programming and projection, then, of the best, with and without the affine step and, where the expected loss has any
     that pay, copies of experts. Returns every candidate's records and their points' keys."""
     size, fitted = job.cfg.profile.frontier.choice, bench.fitted
-    best, tables, done = {"affine": False, "n_replace": 0}, [], []
+    best, tables, done = {"affine": False, "n_replace": 0} | bench.reading, [], []
     copies = get(PLUS).routing(fitted, {"n_replace": fitted.n_replace})[0]
     copies = (0, fitted.n_replace) if copies is not None and copies.n_replace else (0,)
     blocks = get(PLUS).options(fitted, {})["block"], 0
@@ -141,15 +225,17 @@ def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataF
             choices["affine"] = (False,)
         candidates = [best | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         seeds = range(CALIBRATION_REALISATIONS + 1, CALIBRATION_REALISATIONS + 1 + realisations)
-        probes = together([bench.probe("ppl:choice", PLUS, r, given) for r, given in product(seeds, candidates)])
+        probes = [bench.probe("ppl:choice", PLUS, r, given) for r, given in product(seeds, candidates)]
+        probes = paired(job, probes)
         keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens, "text": "calibration"})
         records = measured(job, bench.model, fitted, probes, keys, size.tokens, measure)
         options = records.options.map(json.loads)
-        means = [records.value[[all(o[k] == v for k, v in c.items()) for o in options]].mean() for c in candidates]
+        losses = np.log(records.value)
+        means = [losses[[all(o[k] == v for k, v in c.items()) for o in options]].mean() for c in candidates]
         best = candidates[means.index(min(means))]
         tables, done = [*tables, records], [*done, *keys]
     bench.chosen = best
-    job.say(f"chosen on calibration text{f' for {bench.chip}' if bench.chip else ''}: {best}")
+    job.say(f"chosen on calibration text for {bench.name}: {best}")
     return pd.concat(tables).drop_duplicates(["options", "realisation"]), done
 
 
@@ -178,8 +264,14 @@ def prices(job: Job, model, fitted: Fitted, probes: list[Probe], ids) -> pd.Data
 
 @application("frontier")
 def main(job: Job, run: Run) -> None:
-    """Writes records.parquet, cost.csv, choice.json and coverage.csv, and prints the means."""
+    """Writes records.parquet, cost.csv, choice.json and coverage.csv, and prints the means; a part of the work leaves
+    its points alone."""
     cfg, size = job.cfg, job.cfg.profile.frontier
+    found = [(name, celsius, other_chip(job, name, celsius)) for name, celsius in size.chips]
+    slow = [{"read_seconds": float(seconds)} for seconds in size.read_seconds]
+    there = [(*at, reading) for at in found for reading in ({}, *(slow if reads_noisily(at[2]) else ()))]
+    only = job.config["profile"]["frontier"]["only"]
+    part = Part.of(only, ["home", *(place(name, celsius, reading) for name, celsius, _, reading in there)])
     model, tokenizer = job.load()
     names = [*size.methods, *size.chip_methods, *CORRECTED]
     noise, fitted = job.noise(), plan.read(job, model, tokenizer, names)
@@ -188,22 +280,30 @@ def main(job: Job, run: Run) -> None:
     read = partial(perplexity, model, window=cfg.profile.window, batch=cfg.profile.batch)
     fitted_on = max(cfg.profile.fit.tokens, cfg.profile.fit.correlations)  # candidates are compared on text behind it
     text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
-    home, chips = Bench(model, fitted), []
-    for name, celsius in size.chips:
-        chips.append(Bench(model, plan.under(model, fitted, other_chip(job, name, celsius)), name, celsius))
-    tried = [choose(job, home, size.choice.realisations, partial(read, text))]
-    tried += [choose(job, there, size.choice.elsewhere, partial(read, text)) for there in chips]
+    home, chips = Bench(model, fitted, part=part), []
+    for name, celsius, errors, reading in there:
+        if part.at(place(name, celsius, reading)):
+            chips.append(Bench(model, plan.under(model, fitted, errors), name, celsius, reading, part))
+    tried = []
+    if part.at(home.name) or any(
+        part.has("chips") and not at.reading for at in chips
+    ):  # what is chosen here is used there
+        tried.append(choose(job, home, size.choice.realisations, partial(read, text)))
+    tried += [choose(job, at, size.choice.elsewhere, partial(read, text)) for at in chips]
     ids = job.ids(tokenizer, "evaluation", size.tokens)
     routing = Routing(model, noise, job.placement, partial(read, ids))
     probes = listed(job, home, chips, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
     routing.prepare(job, probes, keys, [CLEAN])
-    records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids))
+    records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids)) if probes else pd.DataFrame()
+    if not part.whole:
+        run.summary({"points": len(records)})
+        return job.say("this part is measured; `romer frontier` without profile.frontier.only writes the result")
     with job.write(by_hand(job)) as folder:
         every = pd.concat([*(table for table, _ in tried), records], ignore_index=True)
         every.to_parquet(folder / "records.parquet", index=False)
         prices(job, model, fitted, probes, ids).to_csv(folder / "cost.csv", index=False)
-        chosen = {"home": home.chosen} | {f"{at.chip}/{at.about['celsius']}": at.chosen for at in chips}
+        chosen = {at.name: at.chosen for at in (home, *chips)}
         (folder / "choice.json").write_text(json.dumps(chosen, indent=1) + "\n")
         settled = [Point(p.method, p.realisation, get(p.method).options(fitted, p.given)) for p in probes]
         job.write_coverage(model, folder, fitted, settled)

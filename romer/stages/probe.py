@@ -25,9 +25,8 @@ from romer.chips import build
 from romer.cli import conf_folder
 from romer.encoding import Layout
 from romer.evaluate.perplexity import predicted
-from romer.evaluate.sweep import CLEAN
 from romer.methods import Fitted, get
-from romer.noise import NoiseModel
+from romer.noise import CLEAN, NoiseModel
 from romer.probes import (
     Decisions,
     all_but,
