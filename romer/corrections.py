@@ -26,7 +26,8 @@ PER = ("layer", "channel")
 
 
 class Correction(Protocol):
-    """A digital step behind every array, fitted to what was `read` back of it, or else to what acts (`stored`)."""
+    """A digital step behind every array, fitted to what was `read` back of it, or else to what acts (`stored`);
+    `reads_back` is False of one that needs neither."""
 
     def shared(self, name: str, clean: torch.Tensor, read: torch.Tensor) -> object | None:
         """What the corrections of all arrays of one tensor, [out, in] or [E, out, in], have in common."""
@@ -148,6 +149,11 @@ def links(correction: Correction | None) -> tuple[Correction, ...]:
     if correction is None:
         return ()
     return correction.links if isinstance(correction, Chain) else (correction,)
+
+
+def reads_back(correction: Correction | None) -> bool:
+    """Whether finished arrays have to be read for it."""
+    return any(getattr(link, "reads_back", True) for link in links(correction))
 
 
 @contextmanager

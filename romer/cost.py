@@ -15,11 +15,11 @@ from torch import nn
 
 from romer.adc import Adc
 from romer.compensation import Compensated
-from romer.corrections import links
+from romer.corrections import reads_back
 from romer.methods import Fitted, Method
 from romer.noise import slot_name
+from romer.outliers import Clipped
 from romer.placement import Placement, coverage
-from romer.projection import Projected
 from romer.routers import moe_layers
 
 TILE_ROWS = Adc.tile_rows  # inputs of an array
@@ -93,6 +93,6 @@ def cost(method: Method, model: nn.Module, placement: Placement, fitted: Fitted,
                 operations += weights * load * twice
     cells, products, conversions = (own / plain).tolist()
     stored, computed, _ = plain.tolist()
-    reads = any(not isinstance(link, Projected) for link in links(layout.correction))
-    readbacks = reads + isinstance(layout.encoding, Compensated)
+    encoding = layout.encoding.encoding if isinstance(layout.encoding, Clipped) else layout.encoding
+    readbacks = reads_back(layout.correction) + isinstance(encoding, Compensated)
     return Cost(cells, products, conversions, digital / stored, side / stored, operations / computed, readbacks)

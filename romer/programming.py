@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from romer.arrays import attach
-from romer.corrections import offset
+from romer.corrections import offset, reads_back
 from romer.encoding import Layout, Remapped, realise
 from romer.errors import InputError
 from romer.noise import Draws, NoiseModel, slot_name
+from romer.outliers import Clipped
 from romer.placement import Placement, coverage
 from romer.readback import as_read, estimate, read_sigma, unit
 
@@ -30,8 +31,8 @@ class Programmed:
 
     def __init__(self, noise: NoiseModel, realisation: int, clean: dict[str, torch.Tensor], layout: Layout):
         self.noise, self.realisation, self.clean, self.layout = noise, realisation, clean, layout
-        corrected = layout.correction is not None
-        self.seen = as_read(noise, not layout.refit, FINISHED, layout.read_seconds) if corrected else noise
+        self.reads = reads_back(layout.correction)
+        self.seen = as_read(noise, not layout.refit, FINISHED, layout.read_seconds) if self.reads else noise
         self.offsets: dict[str, torch.Tensor] = {}  # [out], or [E, out] of fused experts, where a correction has them
         self.shared: dict[str, object] = {}  # what the corrections of a tensor's arrays have in common
 
@@ -66,22 +67,23 @@ class Programmed:
         """What a correction is told of arrays, one below the other [arrays · out, in], that were just written and are
         read as `read`."""
         layout, noise, arrays = self.layout, self.noise, len(names)
-        if layout.correction is None:
+        if not self.reads:
             return read
-        values = weight.float()
+        whole, encoding = weight.float(), layout.encoding
+        values = encoding.held(names[0], whole) if isinstance(encoding, Clipped) else whole  # what cells hold
         if not (sigma := read_sigma(self.seen, values, layout.read_error, arrays=arrays)).any():
             return read
-        if not hasattr(layout.encoding, "known"):
-            what = type(layout.encoding).__name__
+        if not hasattr(encoding, "known"):
+            what = type(encoding).__name__
             raise InputError(f"program: reading errors of arrays laid out as {what} are not simulated")
         known, error = [], []
-        for name, w in zip(names, values.chunk(arrays), strict=True):
+        for name, w, held in zip(names, whole.chunk(arrays), values.chunk(arrays), strict=True):
             draws = Draws(noise.seed, self.realisation, name)
-            known.append(layout.encoding.known(noise, w, draws))
+            known.append(encoding.known(noise, w, draws))
             if layout.read_error:
-                error.append(layout.read_error * w.abs().max() * draws.shared(FINISHED, w))
-        read = read + torch.cat(error) if error else read
-        return estimate(read.float(), torch.cat(known), sigma, unit(noise, values), arrays)
+                error.append(layout.read_error * held.abs().max() * draws.shared(FINISHED, w))
+        read, rest = (read + torch.cat(error) if error else read).float(), whole - values
+        return estimate(read - rest, torch.cat(known), sigma, unit(noise, values), arrays) + rest
 
     def correct(
         self, name: str, weight: torch.Tensor, stored: torch.Tensor, read: torch.Tensor

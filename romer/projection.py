@@ -106,6 +106,8 @@ class Projected:
     taken: tuple[Directions, ...] = field(default=(), compare=False, repr=False)
     ranks: tuple[tuple[str, int], ...] = field(init=False)
 
+    reads_back = False
+
     def __post_init__(self):
         object.__setattr__(self, "ranks", tuple((at.tensors[0], len(at.gains)) for at in self.taken))
         object.__setattr__(self, "_of", {name: at for at in self.taken for name in at.tensors})

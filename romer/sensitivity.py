@@ -67,6 +67,19 @@ def collect(
     return found
 
 
+def expected(
+    name: str, error: torch.Tensor, moments: Mapping[str, Moments], sensitivity: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What an error Δ [out, in], or [E, out, in] of fused experts, of the tensor `name` is expected to cost: ½ Σ_o γ_o
+    (Δ R Δᵀ)_oo of every array, in nats a token, [1] or [E]. Raises InputError for a tensor without moments."""
+    names = [slot_name(name, i) for i in range(len(error))] if error.dim() == 3 else [name]
+    if None in (seen := [of(moments, n) for n in names]):
+        raise InputError(f"sensitivity: no calibration inputs of {name}")
+    error = error.view(len(names), *error.shape[-2:])
+    weigh, second = sensitivity[name].to(error).view(len(names), -1) / 2, torch.stack([m.second for m in seen])
+    return (weigh * (error @ second * error).sum(2)).sum(1)
+
+
 @torch.no_grad()
 def experts(
     model: nn.Module,
@@ -85,11 +98,9 @@ def experts(
             name = f"{path}.experts.{tensor}"
             weight = block.experts.get_parameter(tensor).float()
             error = realise(PLAIN, noise, name, weight, realisation) - weight
-            weigh = sensitivity[name].to(weight) / 2
-            second = torch.stack([of(moments, slot_name(name, i)).second for i in range(len(weight))])
-            costs = costs + (weigh * (error @ second * error).sum(2)).sum(1)
+            costs = costs + expected(name, error, moments, sensitivity)
             if tensor == "down_proj":
-                without = (weigh * (weight @ second * weight).sum(2)).sum(1)
+                without = expected(name, weight, moments, sensitivity)
         noisy.append(costs)
         absent.append(without)
     return torch.stack(noisy).cpu(), torch.stack(absent).cpu()

@@ -15,6 +15,7 @@ from romer.errors import InputError
 from romer.hardware.tiles import KINDS
 from romer.lowrank import LowRank
 from romer.methods import Fitted, Method
+from romer.outliers import Outliers
 from romer.placement import Placement, coverage
 from romer.projection import Projected
 from romer.routers import moe_layers
@@ -103,5 +104,5 @@ def deployed(
         tuple(map(frozenset, slots)) if any(slots) else (),
         calibration is not None and calibration.strength > 0,
         min((link.least_inputs for link in steps if isinstance(link, Affine)), default=None),
-        sum(share(link, model, own) for link in steps if isinstance(link, LowRank | Projected)),
+        sum(share(link, model, own) for link in steps if isinstance(link, LowRank | Outliers | Projected)),
     )

@@ -1,6 +1,7 @@
-"""Strong input directions kept off the arrays (`projected`, their share of the budget), low-rank paths on what
-compensated programming leaves (`block` 0: on plain arrays) and, where it pays, a scale and offset of each output and
-copies of experts: cells as the plain layout has, a small digital share, nothing trained."""
+"""The largest weights kept off the arrays (`outliers`, their share of the budget), strong input directions likewise
+(`projected`, their share of what is left), low-rank paths on what compensated programming leaves (`block` 0: on plain
+arrays) and, where it pays, a scale and offset of each output and copies of experts: cells as the plain layout has, a
+small digital share, nothing trained."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,25 +12,29 @@ from romer.corrections import Chain, links
 from romer.encoding import PLAIN, Layout
 from romer.errors import InputError
 from romer.lowrank import LowRank
-from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, register
+from romer.methods import Fitted, Method, Routing, compensated_programming, low_rank, outliers, register
 from romer.methods.projection import projected
+from romer.outliers import Clipped, Outliers
 from romer.projection import Projected, without
 from romer.replacement import ReplacementPlan
 
-DEFAULTS = {"projected": 0.5, "block": 32, "affine": False, "n_replace": 0}
+DEFAULTS = {"outliers": 0.0, "projected": 0.5, "block": 32, "affine": False, "n_replace": 0}
 
 
 def layout(model: nn.Module, fitted: Fitted, o: Mapping) -> Layout:
     """Every block is read back while it is programmed, and the finished array once more. What is projected comes last:
     the other corrections are those of what arrays return, and its products are exact."""
-    budget, share = float(o["budget"]), float(o["projected"])
-    if not 0 <= share <= 1:
-        raise InputError(f"romer_plus: projected: found {share}, expected 0 ≤ share of the budget ≤ 1")
+    for name in ("outliers", "projected"):
+        if not 0 <= o[name] <= 1:
+            raise InputError(f"romer_plus: {name}: found {o[name]}, expected 0 ≤ share of the budget ≤ 1")
+    kept = outliers.counts(model, fitted, o["outliers"] * o["budget"], o["ranks"]) if o["outliers"] else ()
+    budget, share = float(o["budget"]) * (1 - o["outliers"]), float(o["projected"])
     first = projected(model, fitted, share * budget, o["ranks"])
     left = replace(fitted, moments=without(fitted.moments, first.taken), known=_known(fitted, first.ranks))
     encoding = compensated_programming.encoding(left, o) if o["block"] else PLAIN
+    encoding = Clipped(encoding, kept) if kept else encoding
     rest = low_rank.layout(model, left, o | {"budget": (1 - share) * budget}, encoding, o["affine"])
-    steps = (*links(rest.correction), first)
+    steps = (*links(rest.correction), first, *((Outliers(kept),) if kept else ()))
     steps = tuple(step for step in steps if not isinstance(step, Projected | LowRank) or step.ranks)
     return replace(rest, correction=Chain(steps) if len(steps) > 1 else steps[0] if steps else None)
 

@@ -51,6 +51,7 @@ LOOK = {
     "compensated_programming": ("compensated programming", COLOURS[2], "P"),
     "low_rank": ("low-rank paths", "#56606b", "o"),
     "projection": ("projection", "#7f3c8d", "h"),
+    "outliers": ("outliers", "#b07aa1", "8"),
     "romer_plus": ("romer_plus", COLOURS[0], "*"),
 }
 

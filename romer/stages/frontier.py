@@ -51,6 +51,7 @@ PLUS = "romer_plus"
 EXPERIMENTS = ("choice", "methods", "budget", "read", "scaled", "limits", "chips", "drift")
 CORRECTED = ("low_rank", PLUS)  # what reads finished arrays back
 SHARES = (0.0, 0.5, 1.0)  # of the budget, that projection may have
+KEPT = (0.0, 0.5)  # of the budget, that outliers may have
 BEFORE = ("vanilla", "average")  # what others are held against everywhere
 
 
@@ -213,14 +214,15 @@ def paired(job: Job, probes: list[Probe | None]) -> list[Probe]:
 
 def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataFrame, list[dict]]:
     """Sets the options of romer_plus at a place, by calibration text alone: first with and without compensated
-    programming and projection, then, of the best, with and without the affine step and, where the expected loss has any
-    that pay, copies of experts. Returns every candidate's records and their points' keys."""
+    programming and projection, then, of the best, with and without outliers, the affine step and, where the expected
+    loss has any that pay, copies of experts. Returns every candidate's records and their points' keys."""
     size, fitted = job.cfg.profile.frontier.choice, bench.fitted
-    best, tables, done = {"affine": False, "n_replace": 0} | bench.reading, [], []
+    best, tables, done = {"outliers": 0.0, "affine": False, "n_replace": 0} | bench.reading, [], []
     copies = get(PLUS).routing(fitted, {"n_replace": fitted.n_replace})[0]
     copies = (0, fitted.n_replace) if copies is not None and copies.n_replace else (0,)
     blocks = get(PLUS).options(fitted, {})["block"], 0
-    for choices in ({"block": blocks, "projected": SHARES}, {"affine": (False, True), "n_replace": copies}):
+    rounds = {"block": blocks, "projected": SHARES}, {"outliers": KEPT, "affine": (False, True), "n_replace": copies}
+    for choices in rounds:
         if best.get("projected") == 1:  # nothing of the budget is left to pay for the affine step
             choices["affine"] = (False,)
         candidates = [best | dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
