@@ -118,7 +118,7 @@ def gains(
         if row.analog:
             name, weight = row.parameter, model.get_parameter(row.parameter).float()
             levels = [0, *(level for level in LEVELS if level <= MOST_SHARE * weight.shape[-1])]
-            held = [clipped(weight, level) if level else weight for level in levels]
+            held = (clipped(weight, level) if level else weight for level in levels)
             errors = (realise(PLAIN, noise, name, w, realisation) - w for w in held)
             losses = [expected(name, error, moments, sensitivity).sum().item() for error in errors]
             each = [(a - b) / (n - m) for (a, m), (b, n) in pairwise(zip(losses, levels, strict=True))]
