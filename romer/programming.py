@@ -21,7 +21,7 @@ from romer.errors import InputError
 from romer.noise import Draws, NoiseModel, slot_name
 from romer.outliers import Clipped
 from romer.placement import Placement, coverage
-from romer.readback import as_read, estimate, read_sigma, unit
+from romer.readback import as_read, estimate, read_sigma, reads_noisily, unit
 
 FINISHED = "back when finished"  # a reading, and its instrument's error
 
@@ -67,7 +67,7 @@ class Programmed:
         """What a correction is told of arrays, one below the other [arrays · out, in], that were just written and are
         read as `read`."""
         layout, noise, arrays = self.layout, self.noise, len(names)
-        if not self.reads:
+        if not self.reads or not (layout.read_error or reads_noisily(self.seen)):
             return read
         whole, encoding = weight.float(), layout.encoding
         values = encoding.held(names[0], whole) if isinstance(encoding, Clipped) else whole  # what cells hold

@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 
 from romer.errors import InputError
+from romer.noise import CLEAN
 from romer.report.claim import NOT_MEASURED, Finding, tally
 from romer.report.tables import METRIC, RECORD
 from romer.statistics import ALPHA, holm, mean_interval, paired
 
-CLEAN = -1  # the realisation of what has no noise
 # Without a noise draw there is no interval over draws: a loss that moves by more than this (nats) counts as changed.
 EXACT_TOLERANCE = 1e-3
 # Which variant of the paper's method a row must be, where a run has several.

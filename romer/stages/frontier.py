@@ -282,14 +282,15 @@ def main(job: Job, run: Run) -> None:
     read = partial(perplexity, model, window=cfg.profile.window, batch=cfg.profile.batch)
     fitted_on = max(cfg.profile.fit.tokens, cfg.profile.fit.correlations)  # candidates are compared on text behind it
     text = job.ids(tokenizer, "calibration", fitted_on + size.choice.tokens)[fitted_on:]
-    home, chips = Bench(model, fitted, part=part), []
+    home, chips, seen = Bench(model, fitted, part=part), [], {}
     for name, celsius, errors, reading in there:
         if part.at(place(name, celsius, reading)):
-            chips.append(Bench(model, plan.under(model, fitted, errors), name, celsius, reading, part))
+            if errors not in seen:  # ways of reading a chip back share what is known of it
+                seen[errors] = plan.under(model, fitted, errors)
+            chips.append(Bench(model, seen[errors], name, celsius, reading, part))
     tried = []
-    if part.at(home.name) or any(
-        part.has("chips") and not at.reading for at in chips
-    ):  # what is chosen here is used there
+    used_there = part.has("chips") and any(not at.reading for at in chips)
+    if part.at(home.name) or used_there:
         tried.append(choose(job, home, size.choice.realisations, partial(read, text)))
     tried += [choose(job, at, size.choice.elsewhere, partial(read, text)) for at in chips]
     ids = job.ids(tokenizer, "evaluation", size.tokens)
