@@ -58,12 +58,13 @@ def records():
 
 
 def costs():
-    settings = [("vanilla", {}, 1, 0, 2.0), ("average", {"copies": 2}, 2, 0, 3.0)]
-    settings += [("romer", {}, 1, 0, 2.0), ("romer_calibration", {}, 1, 0, 2.0)]
-    settings += [("romer_plus", {"budget": b}, 1, b, 2.1) for b in (0.01, 0.02)]
-    keys = ("method", "options", "cells", "side", "energy_j")
-    rows = [dict(zip(keys, (m, json.dumps(o), *rest), strict=True)) for m, o, *rest in settings]
-    return pd.DataFrame(rows).assign(model="olmoe", digital=0.0, operations=0.0, readbacks=0)
+    """Of every setting where it was measured: energy is 2 of vanilla, 3 of copies, 2.1 of romer_plus, on chips 2.2."""
+    rows = records()[lambda r: r["method"] != "clean"].drop_duplicates(["chip", "method", "options"])
+    priced = rows[["model", "chip", "method", "options"]].assign(cells=1, digital=0.0, operations=0.0, readbacks=0)
+    budget = [json.loads(o).get("budget", 0.0) for o in rows["options"]]
+    plus, copies = rows["method"] == "romer_plus", rows["method"] == "average"
+    energy = 2 + 0.1 * plus + 0.1 * (plus & (rows["chip"] == "pcm")) + copies
+    return priced.assign(cells=1 + copies, side=budget, energy_j=energy)
 
 
 def test_every_setting_is_held_against_vanilla_at_its_own_place():
@@ -83,6 +84,8 @@ def test_every_setting_is_held_against_vanilla_at_its_own_place():
     assert plus["limits", "noise in attention alone", "budget=0.02"] == pytest.approx(share)
     copies = table[table["method"] == "average"].iloc[0]
     assert copies["cells"] == 2 and copies["energy"] == 1.5 and math.isnan(copies["p_average"])
+    on = table[table["method"] == "romer_plus"].groupby("experiment")["energy"].mean()
+    assert on["methods"] == pytest.approx(1.05) and on["chips"] == pytest.approx(1.1)  # of its own ranks there
     against = table[(table["method"] == "romer_plus") & (table["experiment"] == "methods")].iloc[0]
     assert against["p_average"] < 0.01
     best = np.log([11.5, 11.8, 11.5])  # of calibration alone, which is better than both together
@@ -124,6 +127,8 @@ def test_what_there_is_nothing_to_hold_against_is_an_error(drop, what):
         taken_back(found[found[column] != value], costs())
     with pytest.raises(InputError, match="costs: olmoe, romer_plus .* was not priced"):
         taken_back(records(), costs()[lambda c: c["method"] != "romer_plus"])
+    with pytest.raises(InputError, match="costs: olmoe, vanilla on pcm .* was not priced"):
+        taken_back(records(), costs()[lambda c: (c["method"] != "vanilla") | (c["chip"] != "pcm")])
 
 
 def test_the_picture_is_written_twice_the_same(tmp_path):

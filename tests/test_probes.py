@@ -1,15 +1,21 @@
 """Interventions on routing: they change what they say and nothing else."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from romer.encoding import Layout
 from romer.errors import InputError
+from romer.methods import Fitted
 from romer.noise import NoiseModel
 from romer.placement import Placement, coverage
 from romer.probes import PARTS, all_but, perturbed_selection, recorded_routing, replayed_routing
 from romer.programming import program
 from romer.routers import moe_layers
+from romer.stages.frontier import Bench
+from romer.stages.probe import Probe, measured
 
 NOISE = NoiseModel(0.2)
 
@@ -111,24 +117,42 @@ def test_a_share_that_is_none_is_refused(olmoe):
             pass
 
 
+def job_at(point, get=lambda key: None):
+    """What `measured` needs of a job."""
+    chip, celsius = SimpleNamespace(name="table1"), SimpleNamespace(celsius=80)
+    cfg = SimpleNamespace(model=SimpleNamespace(name="olmoe"), chip=chip, temperature=celsius)
+    cfg.profile = SimpleNamespace(window=64)
+    points, say = SimpleNamespace(get=get), lambda message: None
+    return SimpleNamespace(cfg=cfg, points=points, point=point, say=say, placement=Placement())
+
+
 def test_a_finished_point_is_taken_without_what_it_was_measured_in(model, tmp_path):
     """A killed job goes on where all replayed points are finished and the clean model's routing is not recorded."""
-    from types import SimpleNamespace
-
-    from romer.stages.probe import Probe, measured
 
     def gone():
         raise AssertionError("entered again")
 
     probe = Probe("ppl:routing", "clean", {"routing": "clean"}, -1, None, around=gone)
-    chip, celsius = SimpleNamespace(name="table1"), SimpleNamespace(celsius=80)
-    profile = SimpleNamespace(window=64)
     finished = {"value": 12.5, "run_id": "0"}
-    job = SimpleNamespace(
-        cfg=SimpleNamespace(model=SimpleNamespace(name="olmoe"), chip=chip, temperature=celsius, profile=profile),
-        points=SimpleNamespace(get=lambda key: finished),
-        point=lambda key, name, compute: finished,
-        say=lambda message: None,
-    )
-    found = measured(job, model, None, [probe], [probe.key], 64, gone)
+    job = job_at(lambda key, name, compute: finished, lambda key: finished)
+    found = measured(job, model, [probe], [probe.key], 64, gone)
     assert found["value"].tolist() == [12.5]
+
+
+def test_experts_are_copied_as_it_was_fitted_at_each_place(olmoe, monkeypatch):
+    """Two places at which other experts are the busiest: each has its own copies, or those of its ranks."""
+    applied = []
+    monkeypatch.setattr("romer.stages.probe.apply", lambda model, *how: applied.append(how) or nullcontext())
+    blocks = [block for _, block in moe_layers(olmoe)]
+
+    def bench(hot, *place):
+        activation = torch.arange(float(blocks[0].gate.weight.shape[0])).repeat(len(blocks), 1)
+        activation[:, hot] = 100.0
+        return Bench(olmoe, Fitted(activation, 1, 0.0, noise=NOISE), *place)
+
+    home, there = bench(1), bench(2, "pcm", 25)
+    probes = [at.probe("ppl:chips", "romer_replacement", 0) for at in (home, there)]
+    probes.append(there.probe("ppl:chips", "romer_replacement", 0, about={"fitted_on": "table1/80"}, home=home))
+    job = job_at(lambda key, name, compute: compute() | {"run_id": "0"})
+    measured(job, olmoe, probes, [p.key for p in probes], 64, lambda: 12.5)
+    assert [{hot for layer in plan.hot for hot in layer} for plan, _ in applied] == [{1}, {2}, {1}]

@@ -77,11 +77,11 @@ def _origin(options: dict) -> str:
 def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """One row per experiment, place, method and setting: perplexity, recovered fraction, what it costs.
 
-    records: rows of the tasks `ppl:<experiment>`; costs: model, method, options, cells, side, digital, operations,
-    readbacks, energy_j. Raises InputError for a model without its clean row, a place without vanilla, or a setting that
-    was not priced.
+    records: rows of the tasks `ppl:<experiment>`; costs: model, chip, method and options as of records, cells, side,
+    digital, operations, readbacks, energy_j. Raises InputError for a model without its clean row, a place without
+    vanilla, or a setting that was not priced.
     """
-    priced = {(r.model, r.method, r.options): r for r in costs.itertuples()}
+    priced = {(r.model, r.chip, r.method, r.options): r for r in costs.itertuples()}
     table, methods = [], folded(perplexities(records, "ppl:methods"))
     for experiment in EXPERIMENTS:
         rows = folded(perplexities(records, f"ppl:{experiment}"))
@@ -102,14 +102,15 @@ def taken_back(records: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
                 vanilla = methods[at & (methods["method"] == "vanilla")]
             if clean.empty or vanilla.empty:
                 raise InputError(f"records: {model}, ppl:{experiment} on {chip} {where} has no clean or no vanilla row")
+            if (plain := priced.get((model, chip, "vanilla", vanilla["options"].iat[0]))) is None:
+                raise InputError(f"costs: {model}, vanilla on {chip} {where} was not priced")
             others = {"p_average": here[(here["method"] == "average") & (here["what"] == '{"copies": 2}')]}
             papers = here[here["method"].isin(PAPER)]
             best = papers.groupby("method")["value"].mean().idxmin() if len(papers) else None
             others["p_paper"] = papers[papers["method"] == best]
             for (method, what, origin), group in here.groupby(["method", "what", "origin"], sort=False):
-                if (cost := priced.get((model, method, what))) is None:
-                    raise InputError(f"costs: {model}, {method} {what} was not priced")
-                plain = priced[model, "vanilla", "{}"]
+                if (cost := priced.get((model, chip, method, group["options"].iat[0]))) is None:
+                    raise InputError(f"costs: {model}, {method} {what} on {chip} {where} was not priced")
                 cell = measured(group, vanilla, clean, f"{model}, {method} {what} on {chip} {where}")
                 line = {"experiment": experiment, "model": model, "chip": chip, "temperature_c": t}
                 line |= {"where": _words(json.loads(where)), "method": method}

@@ -146,7 +146,7 @@ class Bench:
         if "noise_in" in about:
             layout = replace(layout, digital=all_but(self.model, at.fitted.placement, about["noise_in"]))
         on, realisation = (noise or self.fitted.noise, realisation) if method.noisy else (None, CLEAN)
-        return Probe(task, name, options | about, realisation, on, layout, around, self.chip, given)
+        return Probe(task, name, options | about, realisation, on, layout, around, self.chip, given, at.fitted)
 
 
 def later(noise: NoiseModel, seconds: float) -> NoiseModel:
@@ -230,7 +230,7 @@ def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataF
         probes = [bench.probe("ppl:choice", PLUS, r, given) for r, given in product(seeds, candidates)]
         probes = paired(job, probes)
         keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens, "text": "calibration"})
-        records = measured(job, bench.model, fitted, probes, keys, size.tokens, measure)
+        records = measured(job, bench.model, probes, keys, size.tokens, measure)
         options = records.options.map(json.loads)
         losses = np.log(records.value)
         means = [losses[[all(o[k] == v for k, v in c.items()) for o in options]].mean() for c in candidates]
@@ -241,27 +241,32 @@ def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataF
     return pd.concat(tables).drop_duplicates(["options", "realisation"]), done
 
 
-def prices(job: Job, model, fitted: Fitted, probes: list[Probe], ids) -> pd.DataFrame:
-    """Cells, digital numbers and energy of every setting that was measured, on the routing of the clean model, with the
-    copies and calibrated logits that the setting has."""
+def prices(job: Job, model, probes: list[Probe], ids) -> pd.DataFrame:
+    """Cells, digital numbers and energy of every setting where it was measured, of what it was fitted to there, on the
+    routing of the clean model, with the copies and calibrated logits that the setting has. Its chip, method and options
+    are those of its records."""
     sheet, workload, window = ChipSheet.load(job.config["hardware"]), settings(job), job.cfg.profile.window
-    rows, traces = {}, {}
+    rows, found, traces = {}, {}, {}
     for p in probes:
         method = get(p.method)
-        options = method.options(fitted, p.given)
-        key = p.method, json.dumps(options, sort_keys=True)
+        key = p.chip or job.cfg.chip.name, p.method, json.dumps(p.options, sort_keys=True)
         if key in rows or not method.noisy:
             continue
-        rerouted = method.routing(fitted, options)
-        if rerouted not in traces:
-            with apply(model, *rerouted), record(model, window) as recorder:
-                perplexity(model, ids, window, job.cfg.profile.batch)
-            traces[rerouted] = recorder.trace
-        where = deployed(method, model, job.placement, fitted, options, workload["lm_head"])
-        found = estimate(shape_of(model.config), traces[rerouted], sheet, where, workload["batch"])
-        energy = {"hardware": sheet.name, "energy_j": found.energy_j, "time_s": found.time_s}
-        rows[key] = asdict(cost(method, model, job.placement, fitted, options)) | energy
-    return pd.DataFrame([{"method": m, "options": o} | row for (m, o), row in rows.items()])
+        options = method.options(p.fitted, p.given)
+        same = id(p.fitted), p.method, json.dumps(options, sort_keys=True)
+        if same not in found:
+            rerouted = method.routing(p.fitted, options)
+            if rerouted not in traces:
+                with apply(model, *rerouted), record(model, window) as recorder:
+                    perplexity(model, ids, window, job.cfg.profile.batch)
+                traces[rerouted] = recorder.trace
+            where = deployed(method, model, job.placement, p.fitted, options, workload["lm_head"])
+            spent = estimate(shape_of(model.config), traces[rerouted], sheet, where, workload["batch"])
+            energy = {"hardware": sheet.name, "energy_j": spent.energy_j, "time_s": spent.time_s}
+            found[same] = asdict(cost(method, model, job.placement, p.fitted, options)) | energy
+        rows[key] = found[same]
+    names = ("chip", "method", "options")
+    return pd.DataFrame([dict(zip(names, key, strict=True)) | row for key, row in rows.items()])
 
 
 @application("frontier")
@@ -298,14 +303,14 @@ def main(job: Job, run: Run) -> None:
     probes = listed(job, home, chips, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
     routing.prepare(job, probes, keys, [CLEAN])
-    records = measured(job, model, fitted, probes, keys, size.tokens, partial(read, ids)) if probes else pd.DataFrame()
+    records = measured(job, model, probes, keys, size.tokens, partial(read, ids)) if probes else pd.DataFrame()
     if not part.whole:
         run.summary({"points": len(records)})
         return job.say("this part is measured; `romer frontier` without profile.frontier.only writes the result")
     with job.write(by_hand(job)) as folder:
         every = pd.concat([*(table for table, _ in tried), records], ignore_index=True)
         every.to_parquet(folder / "records.parquet", index=False)
-        prices(job, model, fitted, probes, ids).to_csv(folder / "cost.csv", index=False)
+        prices(job, model, probes, ids).to_csv(folder / "cost.csv", index=False)
         chosen = {at.name: at.chosen for at in (home, *chips)}
         (folder / "choice.json").write_text(json.dumps(chosen, indent=1) + "\n")
         settled = [Point(p.method, p.realisation, get(p.method).options(fitted, p.given)) for p in probes]

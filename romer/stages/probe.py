@@ -48,7 +48,7 @@ NAIVE = "kb_calibration"  # the compensation that the paper's figure 3 calls nai
 @dataclass(frozen=True)
 class Probe:
     """One measurement: the routing of a method with the options `given`, and a layout, on the errors of `noise` (None:
-    clean weights), inside `around`; options: what its record says."""
+    clean weights), inside `around`; options: what its record says; fitted: what the method was fitted to."""
 
     task: str
     method: str
@@ -59,6 +59,7 @@ class Probe:
     around: Callable[[], AbstractContextManager] = nullcontext
     chip: str | None = None
     given: dict = field(default_factory=dict)
+    fitted: Fitted | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> dict:
@@ -100,30 +101,30 @@ def listed(job: Job, model, fitted, noise: NoiseModel, routing: Routing) -> list
     size, placement = job.cfg.profile.probe, job.placement
     naive = get(NAIVE).layout(model, fitted, get(NAIVE).options(fitted, {}))
     others = [(chip, celsius, other_chip(job, chip, celsius)) for chip, celsius in size.transfer]
-    probes = []
+    probes, probe = [], partial(Probe, fitted=fitted)
     for r in range(size.realisations):
         for share in size.perturbed if job.cfg.model.name in size.perturbed_models else [0.0]:
             around = partial(perturbed_selection, model, share, job.cfg.seed, r)
             at = {"perturbed": share}
             if share or r == 0:  # nothing is drawn for a clean model whose selection is left alone
-                probes.append(Probe("ppl:perturbed", "clean", at, r if share else CLEAN, None, None, around))
-            probes.append(Probe("ppl:perturbed", "vanilla", at, r, noise, Layout(), around))
-            probes.append(Probe("ppl:perturbed", NAIVE, at, r, noise, naive, around))
+                probes.append(probe("ppl:perturbed", "clean", at, r if share else CLEAN, None, None, around))
+            probes.append(probe("ppl:perturbed", "vanilla", at, r, noise, Layout(), around))
+            probes.append(probe("ppl:perturbed", NAIVE, at, r, noise, naive, around))
         split = {"routing": "clean", "weights": "noisy"}
-        probes.append(Probe("ppl:routing", "vanilla", split, r, noise, Layout(), partial(routing.of, CLEAN)))
+        probes.append(probe("ppl:routing", "vanilla", split, r, noise, Layout(), partial(routing.of, CLEAN)))
         split = {"routing": "noisy", "weights": "clean"}
-        probes.append(Probe("ppl:routing", "vanilla", split, r, None, None, partial(routing.of, r)))
+        probes.append(probe("ppl:routing", "vanilla", split, r, None, None, partial(routing.of, r)))
         for part in present(model, placement):
             alone = Layout(digital=all_but(model, placement, part))
-            probes.append(Probe("ppl:parts", "vanilla", {"noise_in": part}, r, noise, alone))
+            probes.append(probe("ppl:parts", "vanilla", {"noise_in": part}, r, noise, alone))
         for scale in size.scales:
             other = replace(noise, sigma_dev=scale * noise.sigma_dev)
-            probes += [Probe("ppl:scaled", m, {"scale": scale}, r, other, Layout()) for m in ("vanilla", "romer")]
+            probes += [probe("ppl:scaled", m, {"scale": scale}, r, other, Layout()) for m in ("vanilla", "romer")]
         fitted_on = {"fitted_on": f"{job.cfg.chip.name}/{job.cfg.temperature.celsius}"}
         for chip, celsius, other in others:
             at = fitted_on | {"celsius": celsius}
-            probes += [Probe("ppl:transfer", m, at, r, other, Layout(), chip=chip) for m in ("vanilla", "romer")]
-    probes += [Probe("ppl:unnoised", m, {}, CLEAN, None) for m in ("clean", *CURES)]
+            probes += [probe("ppl:transfer", m, at, r, other, Layout(), chip=chip) for m in ("vanilla", "romer")]
+    probes += [probe("ppl:unnoised", m, {}, CLEAN, None) for m in ("clean", *CURES)]
     return together(probes)
 
 
@@ -158,7 +159,7 @@ def main(job: Job, run: Run) -> None:
     probes = listed(job, model, fitted, noise, routing)
     keys = job.point_keys([p.key for p in probes], {"tokens": size.tokens})
     routing.prepare(job, probes, keys, (CLEAN, *range(size.realisations)))
-    records = measured(job, model, fitted, probes, keys, size.tokens, measure)
+    records = measured(job, model, probes, keys, size.tokens, measure)
     with job.write(by_hand(job)) as folder:
         records.to_parquet(folder / "records.parquet", index=False)
         job.write_coverage(model, folder)
@@ -171,7 +172,6 @@ def main(job: Job, run: Run) -> None:
 def measured(
     job: Job,
     model: nn.Module,
-    fitted: Fitted,
     probes: list[Probe],
     keys: list[dict],
     tokens: int,
@@ -185,7 +185,7 @@ def measured(
             if on is not None and any(job.points.get(key) is None for _, key in group):
                 stack.enter_context(program(model, on, realisation, job.placement, layout))
             for p, key in group:
-                how = get(p.method).routing(fitted, get(p.method).options(fitted, p.given))
+                how = get(p.method).routing(p.fitted, get(p.method).options(p.fitted, p.given))
 
                 def value(p=p, how=how) -> dict:  # a finished point may need what is no longer there: replayed routing
                     with apply(model, *how), p.around():
