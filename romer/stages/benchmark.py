@@ -100,7 +100,7 @@ def score(job: Job, run: Run, asked: Mapping[str, int | None]) -> None:
     records = pd.DataFrame(rows).sort_values(["method", "options", "realisation", "task", "metric"], ignore_index=True)
     with job.write(by_hand(job)) as folder:
         records.to_parquet(folder / "records.parquet", index=False)
-        job.write_coverage(model, folder, fitted, todo)
+        job.write_coverage(model, folder, [(p.method, p.options, fitted) for p in todo])
     job.points.clear(keys.values())
     means = records.groupby(["method", "task", "metric"], sort=False).value.mean()
     run.summary({"/".join(at): value for at, value in means.items()})

@@ -67,7 +67,7 @@ def measure(
                 for (name, *options), found in costs.items()
             ]
             pd.DataFrame(lines).to_csv(scratch / "cost.csv", index=False)
-            job.write_coverage(model, scratch, fitted, todo)
+            job.write_coverage(model, scratch, [(p.method, p.options, fitted) for p in todo])
         job.points.clear(job.point_keys([p.key for p in todo], context))
 
     return records, publish

@@ -33,7 +33,6 @@ from torch import nn
 from romer import InputError, perplexity
 from romer.chips.pcm import Pcm
 from romer.cost import cost
-from romer.evaluate.sweep import Point
 from romer.hardware import ChipSheet, deployed, estimate, record, shape_of
 from romer.methods import Fitted, get
 from romer.noise import CLEAN, Conductance, NoiseModel, mirror
@@ -252,7 +251,7 @@ def prices(job: Job, model, probes: list[Probe], ids) -> pd.DataFrame:
         key = p.chip or job.cfg.chip.name, p.method, json.dumps(p.options, sort_keys=True)
         if key in rows or not method.noisy:
             continue
-        options = method.options(p.fitted, p.given)
+        options = p.complete
         same = id(p.fitted), p.method, json.dumps(options, sort_keys=True)
         if same not in found:
             rerouted = method.routing(p.fitted, options)
@@ -313,8 +312,7 @@ def main(job: Job, run: Run) -> None:
         prices(job, model, probes, ids).to_csv(folder / "cost.csv", index=False)
         chosen = {at.name: at.chosen for at in (home, *chips)}
         (folder / "choice.json").write_text(json.dumps(chosen, indent=1) + "\n")
-        settled = [Point(p.method, p.realisation, get(p.method).options(fitted, p.given)) for p in probes]
-        job.write_coverage(model, folder, fitted, settled)
+        job.write_coverage(model, folder, [(p.method, p.complete, p.fitted) for p in probes])
     job.points.clear([*(key for _, done in tried for key in done), *keys])
     means = records.groupby(["task", "chip", "method", "options"]).value.agg(["mean", "min", "max", "count"])
     run.summary({"points": len(records), **home.chosen})

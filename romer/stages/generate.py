@@ -51,6 +51,6 @@ def main(job: Job, run: Run) -> None:
         measured += wanted
     with job.write(by_hand(job)) as folder:
         (folder / "continuations.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        job.write_coverage(model, folder, fitted, measured)
+        job.write_coverage(model, folder, [(p.method, p.options, fitted) for p in measured])
     job.points.clear(used)
     run.summary({"continuations": len(rows)})

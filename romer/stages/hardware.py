@@ -184,7 +184,7 @@ def main(job: Job, run: Run) -> None:
     table = costs(job, model, fitted, ids, todo, sheet, workload)
     with job.write(by_hand(job) or job.root / "hardware" / sheet.name / job.where) as folder:
         table.to_csv(folder / "cost.csv", index=False)
-        job.write_coverage(model, folder, fitted, todo)
+        job.write_coverage(model, folder, [(p.method, p.options, fitted) for p in todo])
     for (shape, routing), rows in table.groupby(["shape", "routing"]):
         means = rows.groupby(["method", "options"], as_index=False).mean(numeric_only=True)
         print(f"\n{job.cfg.model.name} ({shape}, {routing} routing) on {sheet.name}, {rows.tokens.iloc[0]} tokens")

@@ -202,22 +202,21 @@ class Job:
         """The chip's ADC with the ranges of the calibration stage."""
         return Converter(self.chip.adc, read_ranges(self.read("calibrate") / "ranges.safetensors"))
 
-    def write_coverage(self, model, folder: Path, fitted: Fitted | None = None, used: Iterable = ()) -> None:
+    def write_coverage(self, model, folder: Path, used: Iterable[tuple[str, dict, Fitted]] = ()) -> None:
         """coverage.csv: every parameter of the model, how many of its weights are analog and in which encoding, and the
-        KV cache, which is no parameter (count 0); where points (or whatever has a method and complete options) are
-        given, under each of their settings."""
-        if fitted is None:
-            rows = self._covered(model, self.placement, Layout())
-        else:
-            settings = {(p.method, json.dumps(p.options, sort_keys=True)): p for p in used}
-            frames = []
-            for (name, options), p in settings.items():
+        KV cache, which is no parameter (count 0). used: methods with their complete options and what they were fitted
+        to; where there are any, the rows are those under each of these settings."""
+        frames = {}
+        for name, options, fitted in used:
+            at = name, json.dumps(options, sort_keys=True)
+            if at not in frames:
                 method = get(name)
                 placement = method.placement(self.placement) if method.noisy else None
-                under = self._covered(model, placement, method.layout(model, fitted, p.options))
-                frames.append(under.assign(method=name, options=options))
-            rows = pd.concat(frames)
-            rows = rows[["method", "options", *rows.columns.drop(["method", "options"])]]
+                frames[at] = self._covered(model, placement, method.layout(model, fitted, options))
+        if frames:
+            rows = pd.concat(frames, names=["method", "options"]).reset_index(["method", "options"])
+        else:
+            rows = self._covered(model, self.placement, Layout())
         rows.to_csv(folder / "coverage.csv", index=False)
 
     def _covered(self, model, placement: Placement | None, layout: Layout) -> pd.DataFrame:

@@ -67,6 +67,11 @@ class Probe:
         kept = {"task": self.task, "method": self.method, "options": self.options, "realisation": self.realisation}
         return kept | {"on_chip": self.chip}
 
+    @property
+    def complete(self) -> dict:
+        """The options of the method, those that are not given from what it was fitted to."""
+        return get(self.method).options(self.fitted, self.given)
+
 
 class Routing:
     """What the noisy and the clean routers decided, measured once and kept."""
@@ -185,7 +190,7 @@ def measured(
             if on is not None and any(job.points.get(key) is None for _, key in group):
                 stack.enter_context(program(model, on, realisation, job.placement, layout))
             for p, key in group:
-                how = get(p.method).routing(p.fitted, get(p.method).options(p.fitted, p.given))
+                how = get(p.method).routing(p.fitted, p.complete)
 
                 def value(p=p, how=how) -> dict:  # a finished point may need what is no longer there: replayed routing
                     with apply(model, *how), p.around():
