@@ -98,6 +98,7 @@ def test_parts_of_the_frontier_are_put_together_by_the_whole(results, smoke_resu
     )
     pd.testing.assert_series_equal(found.value, expected.value)
     assert "places: found 'rram_a/25'" in one_line(romer(*settings, "profile.frontier.only.places=[rram_a/25]"))
+    assert "n_replace: found 2.5, expected int" in one_line(romer(*settings, "profile.frontier.choice.n_replace=[2.5]"))
 
 
 def test_calibration_meets_its_target(results):

@@ -213,13 +213,15 @@ def paired(job: Job, probes: list[Probe | None]) -> list[Probe]:
 
 def choose(job: Job, bench: Bench, realisations: int, measure) -> tuple[pd.DataFrame, list[dict]]:
     """Sets the options of romer_plus at a place, by calibration text alone: first with and without compensated
-    programming and projection, then, of the best, with and without outliers, the affine step and, where the expected
-    loss has any that pay, copies of experts. Returns every candidate's records and their points' keys."""
+    programming and projection, then, of the best, with and without outliers, the affine step and, where the profile
+    asks for them and the expected loss has any that pay, copies of experts. Returns every candidate's records and their
+    points' keys."""
     size, fitted = job.cfg.profile.frontier.choice, bench.fitted
     best, tables, done = {"outliers": 0.0, "affine": False, "n_replace": 0} | bench.reading, [], []
-    copies = get(PLUS).routing(fitted, {"n_replace": fitted.n_replace})[0]
-    copies = (0, fitted.n_replace) if copies is not None and copies.n_replace else (0,)
-    blocks = get(PLUS).options(fitted, {})["block"], 0
+    plus = get(PLUS)
+    plans = {n: plus.routing(fitted, plus.options(fitted, {"n_replace": n}))[0] for n in size.n_replace}
+    copies = [0, *(n for n, plan in plans.items() if plan is not None and plan.n_replace)]
+    blocks = plus.options(fitted, {})["block"], 0
     rounds = {"block": blocks, "projected": SHARES}, {"outliers": KEPT, "affine": (False, True), "n_replace": copies}
     for choices in rounds:
         if best.get("projected") == 1:  # nothing of the budget is left to pay for the affine step
