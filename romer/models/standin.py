@@ -28,7 +28,6 @@ from romer.models.distillation import Schedule, carve, distil, export, teacher_s
 from romer.packages import PIQA_TRAIN, SMOLLM2, WIKIPEDIA_LEADS
 from romer.store import canonical_json, sha256
 
-PIQA_ITEMS = 6000  # of the training split: about a quarter of the tokens, the rest is Wikipedia
 RECIPE_VERSION = 1  # raised when the code changes what a recipe produces
 
 
@@ -60,7 +59,7 @@ def make(
     work: folder for the state of an unfinished run; a second call goes on from there.
     """
     base, tokenizer = smollm2.load()
-    documents = text.split_documents([*text.wikipedia(), *text.piqa_train()[:PIQA_ITEMS]]).distillation
+    documents = text.split_documents([*text.wikipedia(), *text.piqa_train()[: text.PIQA_ITEMS]]).distillation
     tokens, window = recipe.schedule.tokens, recipe.schedule.window
     ids = text.token_stream(tokenizer, documents, tokens)
     work.mkdir(parents=True, exist_ok=True)
