@@ -7,7 +7,9 @@
 
 Tasks, metrics and the rules of tokenisation are lm-eval's. What is ours is how requests become forward passes: sorted
 by length, the choices of one item behind a single copy of its context, and lm_head applied only where a token is
-scored. Nothing is drawn here, and lm-eval's response cache, which does not see noise, is never used.
+scored; and one more metric of tasks with choices, `nll`: nats a token of the right ones, which tells states of a model
+apart with fewer items than an accuracy does. Nothing is drawn here, and lm-eval's response cache, which does not see
+noise, is never used.
 """
 
 import contextlib
@@ -197,7 +199,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task: value, standard error over items (None where lm-eval defines none), and what a reader
+    """One metric of one task: value, standard error over items (None where none is defined), and what a reader
     needs to compare it: items used and of how many, scored tokens, version, hash, shots, lm-eval's version."""
 
     task: str
@@ -244,7 +246,7 @@ def prepare(scorer: Scorer, task: ConfigurableTask, items: int | None = None) ->
 
 
 def evaluate(scorer: Scorer, prepared: Sequence[Prepared]) -> list[Score]:
-    """Every metric of every task, on the model as it is now. Leaves all random generators as it found them.
+    """Every metric of every task, and `nll`, on the model as it is now. Leaves all random generators as it found them.
 
     Raises FloatingPointError, naming task and item, where a log-likelihood is not finite.
     """
@@ -256,6 +258,7 @@ def _scores(scorer: Scorer, prepared: Prepared) -> Iterator[Score]:
     parts = [part for document in prepared.requests for instance in document for part in instance]
     answers = iter(scorer._loglikelihood_tokens(parts))
     values: dict[str, list] = {}
+    right: list[tuple[float, int]] = []  # (log p, tokens) of the right choice of each item
     for number, (doc, instances) in enumerate(zip(prepared.documents, prepared.requests, strict=True)):
         found = [[next(answers) for _ in instance] for instance in instances]
         if not all(math.isfinite(p) for instance in found for p, _ in instance):
@@ -264,6 +267,10 @@ def _scores(scorer: Scorer, prepared: Prepared) -> Iterator[Score]:
         results = [sum(p for p, _ in instance) if rolling else instance[0] for instance in found]
         for metric, value in task.process_results(doc, results).items():
             values.setdefault(metric, []).append(value)
+        if task.OUTPUT_TYPE == "multiple_choice":
+            gold = int(task.doc_to_target(doc))
+            right.append((results[gold][0], len(instances[gold][0][2])))
+    about = (str(task.VERSION), prepared.hash, task.config.num_fewshot, lm_eval.__version__)
     for metric, items in values.items():
         try:
             value = float(task.aggregation()[metric](items))
@@ -272,8 +279,21 @@ def _scores(scorer: Scorer, prepared: Prepared) -> Iterator[Score]:
         if not math.isfinite(value):
             raise FloatingPointError(f"task {name}: {metric} is {value}")
         error = standard_error(task.aggregation()[metric], items)
-        about = (str(task.VERSION), prepared.hash, task.config.num_fewshot, lm_eval.__version__)
         yield Score(name, metric, value, error, len(prepared.documents), total, prepared.tokens, *about)
+    if right:
+        value, error = nll(right)
+        yield Score(name, "nll", value, error, len(right), total, sum(n for _, n in right), *about)
+
+
+def nll(right: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """(nats a token, standard error over items) of continuations with (log p, tokens): the ratio of two sums, its error
+    to first order; None for one item."""
+    logp, tokens = (torch.tensor(values, dtype=torch.float64) for values in zip(*right, strict=True))
+    value = -logp.sum() / tokens.sum()
+    if len(right) < 2:
+        return float(value), None
+    left = -logp - value * tokens  # of every item; their sum is 0
+    return float(value), float(left.std() / (tokens.mean() * len(right) ** 0.5))
 
 
 def standard_error(aggregation: Callable[[list], float], items: list) -> float | None:
