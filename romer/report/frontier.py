@@ -239,9 +239,9 @@ def _budget(panel: Axes, rows: pd.DataFrame) -> None:
             _, colour, marker = LOOK[method]
             panel.plot(100 * group["side"], group["recovered"], color=colour, lw=1)
             _points(panel, 100 * group["side"], group, colour, marker)
-    for row in rows[rows["method"] == "average"].itertuples():
+    for number, row in enumerate(rows[rows["method"] == "average"].itertuples()):
         panel.axhline(row.recovered, color=LOOK["average"][1], lw=1, ls="--")
-        at = (1, row.recovered)
+        at = (1 - 0.22 * number, row.recovered)  # side by side, as levels may be close
         panel.annotate(f"{row.cells:g}× cells", at, (-2, 2), xycoords=panel.get_yaxis_transform(), ha="right",
                        fontsize=7, color=LOOK["average"][1], textcoords="offset points")  # fmt: skip
 
