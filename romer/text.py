@@ -69,7 +69,7 @@ def unseen_questions(reference: set[int]) -> tuple[list[Document], int]:
     """(PIQA's training questions that no stand-in was made from, in a random order; how many were left out because they
     share ten words with the reference)."""
     found = sorted(piqa_train()[PIQA_ITEMS:], key=lambda d: _share(d, "order"))
-    kept = [d for d in found if reference.isdisjoint(ngrams(d.text))]
+    kept = apart(found, reference)
     return kept, len(found) - len(kept)
 
 
@@ -120,8 +120,18 @@ def ngrams(text: str, words: int = OVERLAP_WORDS) -> set[int]:
     return {hash(tuple(found[i : i + words])) for i in range(len(found) - words + 1)}
 
 
+def runs(texts: Iterable[str]) -> set[int]:
+    """Hashes of all runs of ten words in any of the texts: what documents are held against."""
+    return set().union(*map(ngrams, texts))
+
+
+def apart(documents: Iterable[Document], reference: set[int]) -> list[Document]:
+    """The documents that share no run of ten words with the reference (of `runs`)."""
+    return [d for d in documents if reference.isdisjoint(ngrams(d.text))]
+
+
 def overlap(documents: Iterable[Document], reference: set[int]) -> int:
-    """How many documents share a run of ten words with the reference (a set made by `ngrams`)."""
+    """How many documents share a run of ten words with the reference (of `runs`)."""
     return sum(not reference.isdisjoint(ngrams(d.text)) for d in documents)
 
 
@@ -139,10 +149,10 @@ def split_documents(documents: Sequence[Document], evaluation: float = 0.2, cali
             groups["evaluation" if _share(d, "split") < evaluation else "calibration"].append(d)
         else:
             groups["distillation"].append(d)
-    reference = set().union(*(ngrams(d.text) for d in groups["evaluation"]))
+    reference = runs(d.text for d in groups["evaluation"])
     dropped = 0
     for use in ("calibration", "distillation"):
-        kept = [d for d in groups[use] if reference.isdisjoint(ngrams(d.text))]
+        kept = apart(groups[use], reference)
         dropped += len(groups[use]) - len(kept)
         groups[use] = kept
     return Split(*(tuple(groups[g]) for g in ("evaluation", "calibration", "distillation")), dropped)

@@ -37,7 +37,7 @@ def benchmark_ngrams() -> set[int]:
     from romer.evaluate import benchmarks  # lm-eval takes long to import
 
     items = (item for name in benchmarks.SOURCES for item in benchmarks.documents(name))
-    return set().union(*(text.ngrams(json.dumps(item, ensure_ascii=False).replace("\\n", " ")) for item in items))
+    return text.runs(json.dumps(item, ensure_ascii=False).replace("\\n", " ") for item in items)
 
 
 @application("text")
@@ -47,7 +47,7 @@ def main(job: Job, run: Run) -> None:
         raise InputError(f"text.questions: found {mixed!r}, expected true or false")
     found, name, licence = documents(job)
     split = text.split_documents(found, job.cfg.text.evaluation, job.cfg.text.calibration)
-    reference = set().union(*(text.ngrams(d.text) for d in split.evaluation))
+    reference = text.runs(d.text for d in split.evaluation)
     more = {}
     if mixed:
         questions, left_out = text.unseen_questions(reference | benchmark_ngrams())
