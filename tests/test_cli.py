@@ -86,6 +86,13 @@ def test_several_tasks_or_methods_are_one_job_unless_they_are_swept():
         check_choices(["task=piqa,pica"])
 
 
+@pytest.mark.parametrize("stage", ["text", "plan"])
+def test_settings_of_another_form_are_refused(stage, tmp_path):
+    wrong = "profile.plan.n_replace=3"
+    line = one_line(romer(stage, wrong, "profile=smoke", f"results={tmp_path}", "tracking=disabled"))
+    assert "profile.plan.n_replace: found 3, expected a list" in line and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stage", ["benchmark", "hardware"])
 def test_tasks_that_a_stage_would_ignore_are_refused(stage, tmp_path):
     line = one_line(romer(stage, "task=piqa", "profile=smoke", f"results={tmp_path}", "tracking=disabled"))

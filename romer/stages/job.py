@@ -30,6 +30,7 @@ from romer.evaluate.sweep import Point
 from romer.methods import Fitted, get
 from romer.noise import Conductance
 from romer.placement import Placement, coverage
+from romer.stages.forms import check_forms
 from romer.store import Manifest, Points, artifact, file_sha256, verify
 from romer.tracking import Run, Tracker
 
@@ -49,6 +50,7 @@ class Job:
         if "tasks" in cfg.task and stage != "evaluate":
             raise InputError(f"task: found {', '.join(cfg.task.tasks)}, which `romer evaluate` alone measures")
         self.config = OmegaConf.to_container(cfg, resolve=True)
+        check_forms(self.config)
         self.inputs: dict[str, str] = {}
         self.lineage: dict[str, str] = {}  # what the inputs themselves were made from
         self.opened: Run | None = None
